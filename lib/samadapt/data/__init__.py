@@ -1,0 +1,1 @@
+"""From files on disk to what a 2D model sees, and back onto the native grid."""

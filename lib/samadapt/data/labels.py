@@ -1,0 +1,340 @@
+"""Labels by name: what a class is called decides, never which value someone's file gave it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samadapt.data.slices import ArrayOrTensor, resize_nearest
+from samadapt.errors import ConfigError, InputError
+
+BACKGROUND = "background"
+MAX_LABELS = 254
+"""Masks are uint8, and 255 means "leave unchanged" in OHIF."""
+
+_FORMS = 'Give names in order: "spleen,liver", ["spleen", "liver"] or {"spleen": 1, "liver": 2}.'
+
+
+def same_name(name: str) -> str:
+    """The form in which names are compared: case and surplus white space do not count."""
+    return " ".join(name.split()).casefold()
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The classes of a model, in order and without background.
+
+    Args:
+        names: ``names[n]`` has index ``n + 1``; 0 is background.
+
+    Raises:
+        ConfigError: no name, an empty one, the same name twice, "background", or more than 254 names.
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = tuple(self.names)
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise _config("every label needs a name", names)
+        names = tuple(" ".join(name.split()) for name in names)
+        counts = Counter(same_name(name) for name in names)
+        twice = [name for name in names if counts[same_name(name)] > 1]
+        if twice:
+            raise _config(f"the same label name twice: {', '.join(twice)}", names)
+        if BACKGROUND in counts:
+            raise _config("background is not a label: it is always index 0", names)
+        if len(names) > MAX_LABELS:
+            raise _config(f"{len(names)} labels, where a mask holds at most {MAX_LABELS}", names)
+        object.__setattr__(self, "names", names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Index (1 to K) of a class.
+
+        Raises:
+            InputError: a name that is not a class of this model.
+        """
+        found = self.find(name)
+        if found is None:
+            raise InputError(f"unknown label '{name}'", remedy=f"The model's labels are: {', '.join(self.names)}.")
+        return found
+
+    def find(self, name: str) -> int | None:
+        """Index (1 to K) of a class, None where there is no such class."""
+        return self._indices.get(same_name(name))
+
+    @property
+    def _indices(self) -> dict[str, int]:
+        return {same_name(name): n for n, name in enumerate(self.names, start=1)}
+
+    def to_dict(self) -> dict[str, int]:
+        """Name -> index, the form that MONAI Label and OHIF take."""
+        return {name: n for n, name in enumerate(self.names, start=1)}
+
+    @classmethod
+    def from_config(cls, value: str | Sequence[str] | Mapping[Any, Any]) -> LabelMap:
+        """Labels as people write them.
+
+        Args:
+            value: a list of names in order; name -> index or index -> name, indices 1 to K without a gap
+                (``background: 0`` may stand among them); the same as JSON text; or names parted by commas.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        if isinstance(value, str):
+            text = value.strip()
+            value = _json(text) if text[:1] in ("[", "{") else [part for part in text.split(",") if part.strip()]
+        if isinstance(value, Mapping):
+            return cls(_names_in_order(value))
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            return cls(tuple(value))
+        raise _config("not a list of labels", value)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> LabelMap:
+        """Labels from a file: what :meth:`from_config` takes, or an object with that under ``"labels"``.
+
+        Raises:
+            ConfigError: unreadable, not JSON, or not labels; it names the file.
+        """
+        try:
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            if isinstance(value, dict) and isinstance(value.get("labels"), list | dict | str):
+                value = value["labels"]
+            return cls.from_config(value)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot be read as JSON ({error})", where=path, remedy=_FORMS) from error
+        except ConfigError as error:
+            raise ConfigError(error.what, where=path, remedy=error.remedy) from error
+
+
+@dataclass(frozen=True)
+class RemapReport:
+    """What happened when a label was brought into a model's order.
+
+    Args:
+        mapped: model class -> number of voxels.
+        renamed: name in the file -> class it was taken for, where they differ.
+        absent: model classes that the label does not speak of (not in its names; without names: without a voxel).
+        empty: classes that the label names but has no voxel of.
+        extra: names that the model does not know -> number of voxels, now background.
+        unknown_values: voxel values without a name -> number of voxels, now background.
+    """
+
+    mapped: dict[str, int] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    extra: dict[str, int] = field(default_factory=dict)
+    unknown_values: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """Whether every class was there and nothing was dropped."""
+        return not (self.absent or self.extra or self.unknown_values)
+
+    def __str__(self) -> str:
+        parts = [", ".join(f"{name} {count} voxels" for name, count in self.mapped.items()) or "no labelled voxel"]
+        if self.renamed:
+            parts.append("renamed: " + ", ".join(f"'{old}' to '{new}'" for old, new in self.renamed.items()))
+        if self.absent:
+            parts.append("absent: " + ", ".join(self.absent))
+        if self.empty:
+            parts.append("empty: " + ", ".join(self.empty))
+        if self.extra:
+            dropped = ", ".join(f"'{name}' ({count} voxels)" for name, count in self.extra.items())
+            parts.append(f"not the model's labels, taken as background: {dropped}")
+        if self.unknown_values:
+            dropped = ", ".join(f"{value} ({count} voxels)" for value, count in self.unknown_values.items())
+            parts.append(f"values without a name, taken as background: {dropped}")
+        return "; ".join(parts)
+
+
+def values_from_label_info(label_info: Any) -> dict[int, str]:
+    """Voxel value -> name from MONAI Label's ``label_info``, as Slicer and OHIF send it on submit.
+
+    Args:
+        label_info: list of ``{"name": str, "idx": int}``; whole numbers may come as text. An entry for background
+            with ``idx`` 0 is left out. Two values may have the same name (two segments of one class).
+
+    Raises:
+        InputError: anything else: no list, a missing name or idx, an idx below 1, the same idx twice.
+    """
+    if not isinstance(label_info, list | tuple):
+        raise _malformed(f"it is {label_info!r}")
+    values: dict[int, str] = {}
+    for entry in label_info:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
+            raise _malformed(f"an entry without a name: {entry!r}")
+        name, value = " ".join(entry["name"].split()), _whole(entry.get("idx"))
+        if value == 0 and same_name(name) == BACKGROUND:
+            continue
+        if value is None or value < 1:
+            raise _malformed(f"'{name}' has idx {entry.get('idx')!r}")
+        if value in values:
+            raise _malformed(f"idx {value} stands for both '{values[value]}' and '{name}'")
+        values[value] = name
+    return values
+
+
+def remap(
+    mask: np.ndarray,
+    values: Mapping[int, str] | None,
+    labels: LabelMap,
+    renames: Mapping[str, str] | None = None,
+) -> tuple[np.ndarray, RemapReport]:
+    """Bring a label into the model's order, by name.
+
+    Args:
+        mask: whole numbers >= 0, any shape.
+        values: value -> name. None: the model's own order is assumed.
+        labels: the model's classes.
+        renames: name in the file -> the model's name for it.
+
+    Returns:
+        uint8 mask of the same shape with the model's indices (0 = background), and what was done.
+
+    Raises:
+        InputError: a rename to a name that the model does not have; negative or fractional values.
+    """
+    if mask.dtype.kind not in "bui" or (mask.size and mask.min() < 0):
+        raise InputError("a label holds whole numbers from 0 up")
+    counts = _count(mask)
+    counts.pop(0, None)
+    names = dict(enumerate(labels.names, start=1)) if values is None else dict(values)
+    targets, renamed, extra = _targets(names, labels, _renames(renames or {}, labels))
+    mapped: Counter[str] = Counter()
+    for value, index in targets.items():
+        if index and counts.get(value):
+            mapped[labels.names[index - 1]] += counts[value]
+    spoken_of = {labels.names[index - 1] for index in targets.values() if index} if values is not None else set(mapped)
+    report = RemapReport(
+        mapped={name: mapped[name] for name in labels.names if name in mapped},
+        renamed=renamed,
+        absent=tuple(name for name in labels.names if name not in spoken_of),
+        empty=tuple(name for name in labels.names if name in spoken_of and name not in mapped),
+        extra=_sum_by_name(extra, counts),
+        unknown_values={value: n for value, n in sorted(counts.items()) if value not in names},
+    )
+    return _lookup(mask, targets), report
+
+
+def resize_label(mask: ArrayOrTensor, size: Sequence[int]) -> ArrayOrTensor:
+    """Resize a label, numpy or torch, to ``size`` (one length per axis), nearest: it never invents a class."""
+    return resize_nearest(mask, size)
+
+
+def _targets(
+    names: Mapping[int, str], labels: LabelMap, renames: Mapping[str, str]
+) -> tuple[dict[int, int], dict[str, str], dict[int, str]]:
+    """value -> model index (0 where the model has no such class); name -> other name; value -> unknown name."""
+    targets: dict[int, int] = {}
+    renamed: dict[str, str] = {}
+    extra: dict[int, str] = {}
+    for value, name in names.items():
+        target = renames.get(same_name(name), name)
+        index = labels.find(target)
+        targets[int(value)] = index or 0
+        if index is None:
+            if same_name(target) != BACKGROUND:
+                extra[int(value)] = name
+        elif labels.names[index - 1] != name:
+            renamed[name] = labels.names[index - 1]
+    return targets, renamed, extra
+
+
+def _renames(renames: Mapping[str, str], labels: LabelMap) -> dict[str, str]:
+    for old, new in renames.items():
+        if labels.find(new) is None and same_name(new) != BACKGROUND:
+            raise InputError(
+                f"'{old}' is to be renamed to '{new}', which is not a label of the model",
+                remedy=f"The model's labels are: {', '.join(labels.names)}.",
+            )
+    return {same_name(old): new for old, new in renames.items()}
+
+
+def _sum_by_name(extra: Mapping[int, str], counts: Mapping[int, int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for value, name in extra.items():
+        total[name] += counts.get(value, 0)
+    return dict(total)
+
+
+def _count(mask: np.ndarray) -> dict[int, int]:
+    """Voxels per value. Counting is many times faster than sorting, but only small values fit into a table."""
+    if mask.size and mask.max() < 65536:
+        counts = np.bincount(mask.reshape(-1))
+        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    present, numbers = np.unique(mask, return_counts=True)
+    return {int(value): int(n) for value, n in zip(present, numbers, strict=True)}
+
+
+def _lookup(mask: np.ndarray, targets: Mapping[int, int]) -> np.ndarray:
+    if mask.size and mask.max() < 65536:
+        table = np.zeros(65536, dtype=np.uint8)
+        for value, index in targets.items():
+            if 0 < value < 65536:
+                table[value] = index
+        return table[mask.astype(np.uint16, copy=False)]
+    result = np.zeros(mask.shape, dtype=np.uint8)
+    for value, index in targets.items():
+        if value > 0:
+            result[mask == value] = index
+    return result
+
+
+def _names_in_order(value: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Names sorted by index from name -> index or index -> name; indices must be 1 to K."""
+    pairs: list[tuple[int | None, Any]] = []
+    for key, other in value.items():
+        index = _whole(other)
+        # {"1": "spleen"} and {"spleen": 1} are told apart by which side is a number.
+        pairs.append((index, key) if index is not None else (_whole(key), other))
+    if any(index is None or not isinstance(name, str) for index, name in pairs):
+        raise _config("every label needs a name and a whole number", dict(value))
+    pairs = [(index, name) for index, name in pairs if not (index == 0 and same_name(name) == BACKGROUND)]
+    pairs.sort(key=lambda pair: pair[0] or 0)
+    if [index for index, _ in pairs] != list(range(1, len(pairs) + 1)):
+        raise _config(f"label indices must be 1 to {len(pairs)}, each once", dict(value))
+    return tuple(name for _, name in pairs)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _config(f"not valid JSON ({error})", text) from error
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number that may come as 2, 2.0 or "2"; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _config(what: str, value: Iterable[Any] | Any) -> ConfigError:
+    shown = repr(value)
+    return ConfigError(f"{what} (got {shown[:200]})", where="labels", remedy=_FORMS)
+
+
+def _malformed(what: str) -> InputError:
+    return InputError(
+        f"cannot tell which voxel value is which label: {what}",
+        where="label_info",
+        remedy='Send a list of {"name": ..., "idx": ...}, one entry for each voxel value.',
+    )
