@@ -18,7 +18,7 @@ from samadapt.files import sha256_of
 
 CONNECT_SECONDS = 15
 SILENCE_SECONDS = 60
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # small: what a break leaves of an unfinished chunk is lost
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
