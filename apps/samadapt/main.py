@@ -1,0 +1,118 @@
+"""The MONAI Label app: ``monailabel start_server --app apps/samadapt --studies DIR [--conf key value]``.
+
+The work is done in the library beside this file (``lib/samadapt``). This file is executed by the host, not imported:
+no dataclasses, nothing to pickle and no postponed annotations here.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional  # noqa: UP035
+
+if not (3, 10) <= sys.version_info[:2] <= (3, 11):
+    raise RuntimeError(f"samadapt runs on Python 3.10 and 3.11, not on {sys.version.split()[0]}: {sys.executable}")
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "lib") not in sys.path:
+    sys.path.insert(0, str(ROOT / "lib"))
+
+try:
+    import monailabel.interfaces.app as host
+    from monailabel.interfaces.app import MONAILabelApp
+
+    from samadapt.config import AppConfig
+    from samadapt.errors import InputError
+    from samadapt.project import Project
+    from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
+    from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
+    from samadapt.server.labels import LabelSource
+    from samadapt.server.models import Models
+    from samadapt.server.options import flag, is_upload
+    from samadapt.server.strategies import First, Random
+    from samadapt.server.train import TrainSamAdapt
+except ImportError as error:
+    hint = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
+    raise ImportError(f"samadapt: {error}. Install what it needs: {hint}") from error
+
+
+class SamAdaptApp(MONAILabelApp):
+    """Infer tasks ``samadapt``, ``samadapt_click`` and ``samadapt_click_3d``, one train task ``samadapt``.
+
+    Nothing is downloaded and no model is loaded here; both happen when a request first needs them.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: Dict[str, str]):  # noqa: UP006
+        self.settings = AppConfig.from_strings(conf or {})
+        # dcmqi's programs lie beside Python; without them the base class would try to download them
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        super().__init__(
+            app_dir,
+            studies,
+            conf or {},
+            name="samadapt",
+            description="SAM models that learn from the labels you submit",
+        )
+
+    def init_datastore(self):
+        host.DICOMWebDatastore = SafeDicomDatastore  # the base class makes its store by this name
+        remote = self.studies.startswith(("http://", "https://"))
+        datastore = super().init_datastore() if remote else SafeDatastore(self.studies)
+        folder = Path(datastore.folder)
+        self.project = Project(folder)
+        self.models = Models(self.settings, self.project)
+        self.label_source = LabelSource(self.settings.labels, folder, self.project)
+        self.label_source.learn_from(datastore)
+        datastore.geometry_of = self.models.geometry
+        return datastore
+
+    def init_infers(self):
+        return {
+            "samadapt": Segmentation(self.models, self.label_source),
+            "samadapt_click": Clicks(self.models, self.label_source, dimension=2),
+            "samadapt_click_3d": Clicks(self.models, self.label_source, dimension=3),
+        }
+
+    def init_trainers(self):
+        return {"samadapt": TrainSamAdapt("samadapt", self.settings, self.project, self.label_source)}
+
+    def init_strategies(self):
+        return {"random": Random(), "first": First()}
+
+    def init_batch_infer(self):
+        return OneDeviceBatchInfer()
+
+    def server_mode(self, mode: bool):
+        """The server calls this once it is up and before the first request: the place to guard its endpoints."""
+        super().server_mode(mode)
+        if mode and "monailabel.app" in sys.modules:
+            from samadapt.server import guards
+
+            guards.install(sys.modules["monailabel.app"].app, self)
+
+    def infer(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
+        """As the base class's, except that no path from outside is opened: an image is an id or an upload."""
+        task = self._infers.get(request.get("model"))
+        if task is None:
+            known = ", ".join(self._infers)
+            raise InputError(f"there is no model {request.get('model')!r}", where="model", remedy=f"Valid: {known}.")
+        store = datastore or self.datastore()
+        image = str(request["image"])
+        uploaded = is_upload(image, self._sessions.store_path if self._sessions else None)
+        file, params = task({**request, "image": image if uploaded else store.image_path(image)})
+        label = file
+        if flag(request, "save_label", default=False) and not uploaded:
+            named = [{"name": name, "idx": index} for name, index in params["label_names"].items()]
+            information = {"model": request["model"], "params": params, "label_info": named}
+            label = store.save_label(image, file, request.get("label_tag", "original"), information)
+        return {"label": label, "tag": "original", "file": file, "params": params}
+
+    def infer_wsi(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
+        raise InputError("there is no whole-slide model", where="/infer/wsi", remedy="Use POST /infer/samadapt.")
+
+    def on_save_label(self, image_id: str, label_id: str):
+        """Take up new label names; tell the annotator what looks odd about the label."""
+        super().on_save_label(image_id, label_id)
+        if isinstance(self.datastore(), SafeDicomDatastore):
+            self.datastore().forget_lists()
+        self.label_source.learn_from(self.datastore())
+        return {"warnings": self.datastore().last_warnings, "labels": self.label_source.indices()}

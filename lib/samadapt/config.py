@@ -1,0 +1,150 @@
+"""Everything that ``--conf key value`` can say, in one dataclass: defaults, checks and help text together.
+
+Light on purpose (no torch): the terminal's ``--help`` and the app's constructor both read it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samadapt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from samadapt.data.labels import LabelMap
+
+BACKBONES = ("lite_medsam", "mobile_sam", "sam_vit_b", "sam_vit_l", "sam_vit_h")
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """``"Did you mean 'x'? Valid: a, b, c."`` for a word that is none of ``known``."""
+    similar = difflib.get_close_matches(word, known, n=1)
+    guess = f"Did you mean {similar[0]!r}? " if similar else ""
+    return f"{guess}Valid: {', '.join(known) if known else '(none)'}."
+
+
+def _one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known():
+            raise ValueError(closest(text, list(known())))
+        return text
+
+    return parse
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError("No such file.")
+    return path.resolve()
+
+
+def _number(low: float, high: float, cast: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = cast(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise ValueError(f"A {'whole ' if cast is int else ''}number from {low:g} to {high:g} is needed.")
+        return value
+
+    return parse
+
+
+def _image_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    size = text if text.isdecimal() else ""
+    if not size or not 64 <= int(size) <= 1024 or int(size) % 32:
+        raise ValueError("'auto' or a multiple of 32 from 64 to 1024 (pixels) is needed.")
+    return int(size)
+
+
+def _context(text: str) -> int | None:
+    return None if text == "auto" else _number(0, 1)(text)
+
+
+def _label_map(text: str) -> LabelMap:
+    from samadapt.data.labels import LabelMap  # numpy, which the terminal's --help must not wait for
+
+    return LabelMap.from_config(text)
+
+
+def _recipe_names() -> Sequence[str]:
+    from samadapt import recipes  # torch, only when somebody names a recipe
+
+    return recipes.names()
+
+
+def _about(help_text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    return {"help": help_text, "parse": parse}
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """What ``--conf`` sets. Every field is a key; an unknown key or a value out of range is a ``ConfigError``."""
+
+    backbone: str = field(
+        default="lite_medsam",
+        metadata=_about(f"SAM-family encoder: {', '.join(BACKBONES)}", _one_of(lambda: BACKBONES)),
+    )
+    weights: Path | None = field(
+        default=None, metadata=_about("checkpoint file to use instead of the backbone's own weights", _file)
+    )
+    recipe: str = field(
+        default="lora", metadata=_about("how the model adapts: see `samadapt recipes`", _one_of(_recipe_names))
+    )
+    labels: LabelMap | None = field(
+        default=None,
+        metadata=_about("structures without background: a comma list, JSON, or a path of a labels.json", _label_map),
+    )
+    image_size: int | None = field(
+        default=None, metadata=_about("model input in pixels: 'auto', or a multiple of 32 up to 1024", _image_size)
+    )
+    context: int | None = field(
+        default=None,
+        metadata=_about("neighbouring slices on each side as input channels: 0, 1, or 'auto' (the recipe's)", _context),
+    )
+    max_train_minutes: float = field(
+        default=8.0, metadata=_about("training stops after so many minutes", _number(0.05, 1440, float))
+    )
+    max_steps: int = field(
+        default=600,
+        metadata=_about("training stops after so many optimiser steps, if the time has not run out", _number(1, 10**6)),
+    )
+
+    @classmethod
+    def from_strings(cls, values: Mapping[str, Any]) -> AppConfig:
+        """Check and convert ``{"key": "text"}`` as ``--conf`` gives it.
+
+        Raises:
+            ConfigError: an unknown key (the valid ones are listed), or a value that the key does not allow.
+        """
+        return cls(**parse_values(values))
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, Any, str]]:
+        """``(key, default, help text)`` of every key, for help pages and documentation."""
+        return [(item.name, item.default, item.metadata["help"]) for item in fields(cls)]
+
+
+def parse_values(values: Mapping[str, Any], allowed: Sequence[str] | None = None) -> dict[str, Any]:
+    """Convert the given keys only, so that a request can change some of the settings (``allowed``: which ones).
+
+    Raises:
+        ConfigError: as ``AppConfig.from_strings``.
+    """
+    known = {item.name: item for item in fields(AppConfig) if allowed is None or item.name in allowed}
+    parsed = {}
+    for key, text in values.items():
+        if key not in known:
+            raise ConfigError("there is no such setting", where=str(key), remedy=closest(str(key), list(known)))
+        try:
+            parsed[key] = known[key].metadata["parse"](str(text).strip())
+        except ValueError as error:
+            raise ConfigError(f"the value {str(text)!r} cannot be used", where=key, remedy=str(error)) from None
+    return parsed

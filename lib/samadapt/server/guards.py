@@ -1,0 +1,143 @@
+"""Makes the host's endpoints answer bad requests with 4xx and a remedy, before anything is started or stored.
+
+MONAI Label 0.8.5 offers no hook between its routes and its handlers, but each route calls a plain function of its
+module by name. ``install`` puts checked versions in their place and adds exception handlers to the FastAPI app.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from monailabel.endpoints import activelearning, datastore, infer, train
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
+from monailabel.main import Main
+
+from samadapt.config import closest
+from samadapt.errors import InputError, SamAdaptError
+
+if TYPE_CHECKING:
+    from samadapt.server.train import TrainSamAdapt
+
+logger = logging.getLogger(__name__)
+
+ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
+
+
+def install(server: FastAPI, app: MONAILabelApp) -> None:
+    """Guard ``server``'s endpoints. To be called when the app is ready and before the first request."""
+    for module, name in (
+        (infer, "run_inference"),
+        (datastore, "add_image"),
+        (datastore, "save_label"),
+        (datastore, "update_image_info"),
+        (datastore, "update_label_info"),
+    ):
+        setattr(module, name, _with_json_object(getattr(module, name)))
+    activelearning.sample = _sample(activelearning.sample, app)
+    train.run = _train_all(train.run, app)
+    train.run_model = _train_one(train.run_model, app)
+    server.add_exception_handler(SamAdaptError, _answer)
+    server.add_exception_handler(MONAILabelException, _answer_host)
+    server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
+    _warn_if_public()
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SamAdaptError)
+    log = logger.warning if error.http_status < 500 else logger.error
+    log("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse(error.to_dict(), status_code=error.http_status)
+
+
+async def _answer_host(request: Request, error: Exception) -> JSONResponse:
+    """The host's own exceptions: what it calls invalid or not found is the client's to mend."""
+    assert isinstance(error, MONAILabelException)
+    clients = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_ERROR)
+    logger.warning("%s %s: %s", request.method, request.url.path, error.msg)
+    content = {"error": error.error.value, "what": error.msg, "where": request.url.path, "remedy": None}
+    return JSONResponse(content, status_code=404 if clients else 500)
+
+
+def _with_json_object(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the form field ``params`` (or ``info``), which the host parses without a look."""
+    signature = inspect.signature(handler)
+    field = "params" if "params" in signature.parameters else "info"
+
+    @functools.wraps(handler)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        text = signature.bind(*args, **kwargs).arguments.get(field) or "{}"
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"not JSON ({error})", where=field, remedy='Send an object such as {"a": 1}.') from None
+        if not isinstance(value, dict):
+            raise InputError(f"{text!r} is no JSON object", where=field, remedy='Send an object such as {"a": 1}.')
+        return handler(*args, **kwargs)
+
+    return checked
+
+
+def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
+    """Name unknown strategies, and say why there is no next image (the host would answer ``{}``)."""
+
+    @functools.wraps(handler)
+    def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
+        _require("strategy", strategy, app._strategies)
+        return handler(strategy, params, user) or {"message": ALL_LABELLED}
+
+    return checked
+
+
+def _train_all(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
+    """``POST /train/``: the body holds one entry per trainer; OHIF sends ``{}``."""
+
+    @functools.wraps(handler)
+    def checked(params: dict[str, Any] | None = None, run_sync: bool | None = False) -> Any:
+        for trainer in app._trainers.values():
+            _check_training(trainer, (params or {}).get(trainer.name), app)
+        return handler(params, run_sync)
+
+    return checked
+
+
+def _train_one(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
+    @functools.wraps(handler)
+    def checked(
+        model: str, params: dict[str, Any] | None = None, run_sync: bool | None = False, enqueue: bool | None = False
+    ) -> Any:
+        _check_training(_require("trainer", model, app._trainers), params, app)
+        return handler(model, params, run_sync, enqueue)
+
+    return checked
+
+
+def _check_training(trainer: TrainSamAdapt, params: Any, app: MONAILabelApp) -> None:
+    if params is not None and not isinstance(params, dict):
+        raise InputError(f"{params!r} is no JSON object", where=trainer.name, remedy="Send the settings as an object.")
+    trainer.check(params or {}, app.datastore())
+
+
+def _require(kind: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise InputError(f"there is no {kind} {name!r}", where=kind, remedy=closest(name, list(known)))
+    return known[name]
+
+
+def _warn_if_public() -> None:
+    """``monailabel start_server`` listens on every interface unless told otherwise, and asks nobody for a password."""
+    host = getattr(Main().args_parser().parse_known_args(sys.argv[1:])[0], "host", None)
+    if host is not None and host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning(
+            "This server listens on %s without any password: everyone who can reach this machine can read the images "
+            "and change the labels. Start it with --host 127.0.0.1, or put it behind a proxy that asks who is there.",
+            host,
+        )

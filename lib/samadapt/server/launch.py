@@ -1,0 +1,51 @@
+"""Starting the server: the same ``monailabel start_server`` that people type, on the loopback interface by default."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from samadapt.config import AppConfig
+from samadapt.errors import InputError
+
+APP_DIR = Path(__file__).resolve().parents[3] / "apps" / "samadapt"
+
+
+def command(
+    studies: str | Path, host: str = "127.0.0.1", port: int = 8000, conf: Mapping[str, str] | None = None
+) -> list[str]:
+    """The command line that starts the server with this Python.
+
+    Not the script ``monailabel``: that one takes whichever ``python`` is first on PATH and splits arguments at spaces.
+
+    Raises:
+        ConfigError: ``conf`` has an unknown key or a bad value.
+        InputError: the app is not where the library expects it.
+    """
+    if not (APP_DIR / "main.py").is_file():
+        raise InputError("the app is missing", where=APP_DIR, remedy="Run from a complete checkout of the project.")
+    AppConfig.from_strings(conf or {})
+    words = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP_DIR), "--studies", str(studies)]
+    words += ["--host", host, "--port", str(port)]
+    for key, value in (conf or {}).items():
+        words += ["--conf", key, str(value)]
+    return words
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with this Python's programs (dcmqi's among them) first on PATH."""
+    programs = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")])}
+
+
+def run(
+    studies: str | Path, host: str = "127.0.0.1", port: int = 8000, conf: Mapping[str, str] | None = None
+) -> NoReturn:
+    """Become the server: this process is replaced by it, so Ctrl-C, kill and the exit code are the server's own."""
+    words = command(studies, host, port, conf)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(words[0], words, environment())

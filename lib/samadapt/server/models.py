@@ -1,0 +1,97 @@
+"""The model that answers now, and the images read last."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from samadapt import recipes
+from samadapt.config import AppConfig
+from samadapt.data.volume import Geometry, Volume, read_volume
+from samadapt.model import AdaptedModel, read_info
+from samadapt.project import Project
+
+logger = logging.getLogger(__name__)
+
+PLAIN = "plain"
+_PLACEHOLDER = ("object",)  # the plain model's single class; nobody asks it for classes
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model ready to answer.
+
+    Attributes:
+        model: in eval mode, on the device.
+        version: the published file's stem, or ``"plain"`` for the backbone as it came.
+    """
+
+    model: AdaptedModel
+    version: str
+
+
+class Models:
+    """Loads the published model when it is first needed, and again whenever another version is published.
+
+    Safe to call from several threads. Nothing is read or loaded before the first call.
+    """
+
+    def __init__(self, config: AppConfig, project: Project) -> None:
+        self._config = config
+        self._project = project
+        self._lock = threading.Lock()
+        self._source: tuple[Path, int] | None = None
+        self._served: Served | None = None
+        self._volumes = functools.lru_cache(maxsize=2)(_read)
+
+    def trained(self) -> bool:
+        """Whether a model that has learned labels is published. Cheap."""
+        return self._project.published() is not None
+
+    def current(self) -> Served:
+        """The published model, or the plain backbone before anything was published.
+
+        Raises:
+            WeightsError: the backbone's weights are missing or not those the model was trained on.
+            InputError: the published file is damaged.
+        """
+        with self._lock:
+            published = self._project.published()
+            source = (published.resolve(), published.stat().st_mtime_ns) if published else None
+            if self._served is None or source != self._source:
+                self._served = self._load(published)
+                self._source = source
+            return self._served
+
+    def volume(self, path: str | Path) -> Volume:
+        """An image by file (or DICOM folder); the last two stay in memory until their files change."""
+        path = Path(path)
+        state = path.stat()
+        return self._volumes(path, state.st_mtime_ns, state.st_size)
+
+    def geometry(self, path: str | Path) -> Geometry:
+        """The grid of an image; see ``volume``."""
+        return self.volume(path).geometry
+
+    def _load(self, published: Path | None) -> Served:
+        config = self._config
+        if published is None:
+            model = recipes.build(config.recipe, _PLACEHOLDER, config.backbone, config.weights, config.image_size)
+            version = PLAIN
+        else:
+            own_base = read_info(published).backbone == config.backbone
+            model = AdaptedModel.load(published, weights=config.weights if own_base else None)
+            version = published.resolve().stem
+        model.merge()
+        logger.info("model in service: %s", version)
+        return Served(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), version)
+
+
+def _read(path: Path, modified: int, size: int) -> Volume:
+    """Read an image; ``modified`` and ``size`` are there to make a changed file another cache entry."""
+    return read_volume(path)

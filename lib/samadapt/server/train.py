@@ -1,0 +1,124 @@
+"""The one trainer. The host runs it in a process of its own; viewers see of it what the project's status says."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.utils.async_tasks.utils import tasks
+
+from samadapt.config import AppConfig, parse_values
+from samadapt.data.cases import find_cases
+from samadapt.errors import StateError
+from samadapt.project import Project
+from samadapt.server.labels import LabelSource
+from samadapt.training import train
+
+SETTINGS = ("max_train_minutes", "max_steps")
+"""What a request may change; the rest is settled when the server starts."""
+
+_FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
+
+
+class TrainSamAdapt(TrainTask):
+    """Trains on every final label of the datastore and publishes the result if it is no worse than the last one.
+
+    Args:
+        name: under which the host lists it.
+        settings: from ``--conf``.
+        project: where models and progress are kept.
+        labels: which structures to learn.
+    """
+
+    def __init__(self, name: str, settings: AppConfig, project: Project, labels: LabelSource) -> None:
+        super().__init__("learns from every submitted label")
+        self.name = name
+        self._settings = settings
+        self._project = project
+        self._labels = labels
+
+    def config(self) -> dict[str, Any]:
+        return {key: getattr(self._settings, key) for key in SETTINGS}
+
+    def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
+        """The settings of a training that can start now.
+
+        Raises:
+            ConfigError: an unknown setting or a bad value.
+            StateError: nothing to learn from yet.
+        """
+        known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, self.name)}
+        config = dataclasses.replace(self._settings, **parse_values(known, SETTINGS))
+        if not datastore.get_labeled_images():
+            raise StateError(
+                "no image is labelled yet", where="datastore", remedy="Submit at least one label, then train."
+            )
+        if self._labels.current() is None:
+            raise StateError(
+                "the labels have no names",
+                where="labels",
+                remedy='Start the server with --conf labels "first,second", or submit labels with label_info.',
+            )
+        return config
+
+    def stats(self) -> dict[str, Any]:
+        """Progress as the viewers' bars read it.
+
+        They show ``epoch / total_epochs`` as long as there is no ``total_time``, and 100 % for an empty dictionary.
+        """
+        status = self._project.status()
+        record = {
+            "epoch": status.get("epoch", 0),
+            "total_epochs": max(1, status.get("total_epochs", 1)),
+            "best_metric": status.get("best_metric") or 0.0,
+            "message": status.get("message", "no training yet"),
+            "state": status.get("state", "none"),
+        }
+        if _about_to_start(status):
+            return {**record, "epoch": 0, "message": "starting", "state": "running"}
+        elapsed = str(datetime.timedelta(seconds=int(status.get("seconds", 0))))
+        record["current_time" if record["state"] == "running" else "total_time"] = elapsed
+        if status.get("loss") is not None:
+            record["train"] = {"metrics": {"loss": status["loss"]}}
+        if status:
+            record["start_ts"] = int(status["started"])
+            record["eval"] = {"metrics": status.get("dice", {}), "best_metric": record["best_metric"]}
+        return record
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train; everything printed here reaches ``GET /train/`` as ``details``."""
+        config = self.check(request, datastore)
+        labels = self._labels.current()
+        assert labels is not None
+        datastore.datalist()  # over DICOMweb this fetches the labels that others have stored
+        result = train(find_cases(self._project.root.parent), labels, config, self._project, _print_news())
+        print(result.reason, flush=True)
+        return {**dataclasses.asdict(result), "model": result.model.stem}
+
+
+def _about_to_start(status: Mapping[str, Any]) -> bool:
+    """Whether the host has started a training that has not written its first record yet."""
+    started = tasks("train")
+    if status.get("state") == "running" or not started or started[-1]["status"] not in ("SUBMITTED", "RUNNING"):
+        return False
+    since = time.mktime(time.strptime(started[-1]["start_ts"], "%Y-%m-%d %H:%M:%S"))
+    return bool(status.get("started", 0) < since)
+
+
+def _print_news() -> Any:
+    """A progress callback that prints each message once."""
+    last = ""
+
+    def report(record: dict[str, Any]) -> None:
+        nonlocal last
+        if record["message"] != last:
+            last = record["message"]
+            loss = f", loss {record['loss']:.3f}" if record.get("loss") is not None else ""
+            print(f"{record['seconds']:6.0f} s  {last}{loss}", flush=True)
+
+    return report

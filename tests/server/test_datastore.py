@@ -1,0 +1,195 @@
+"""The datastore keeps labels and their names together, whatever happens."""
+
+import json
+import multiprocessing
+import os
+import random
+import threading
+import time
+
+import nibabel
+import numpy as np
+import pytest
+
+from samadapt.errors import InputError, StateError
+from samadapt.server.datastore import SafeDatastore, check_tag
+
+AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
+SHAPE = (6, 7, 8)
+
+
+def save(path, mask):
+    nibabel.save(nibabel.Nifti1Image(mask, AFFINE), path)
+    return str(path)
+
+
+def label_of(path, value):
+    return save(path, np.full(SHAPE, value, np.uint8))
+
+
+def info_of(value):
+    return {"label_info": [{"name": f"structure {value}", "idx": value}]}
+
+
+@pytest.fixture
+def studies(tmp_path):
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    for name in ("a", "b", "c.d"):
+        save(folder / f"{name}.nii.gz", np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE))
+    return folder
+
+
+def stored(studies, image="a", tag="final"):
+    """(value in the mask, value in label_info) as a fresh process finds them; None where there is no label."""
+    datastore = SafeDatastore(str(studies))
+    uri = datastore.get_label_uri(image, tag)
+    if not uri:
+        return None
+    mask = np.asarray(nibabel.load(uri).dataobj)
+    names = datastore.get_label_info(image, tag)["label_info"]
+    return int(mask.flat[0]), names[0]["idx"]
+
+
+def test_images_are_listed_and_labels_found_again(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    assert sorted(datastore.list_images()) == ["a", "b", "c.d"]
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 3), "final", info_of(3))
+    assert stored(studies) == (3, 3)
+    assert sorted(datastore.get_unlabeled_images()) == ["b", "c.d"]
+    assert not [p for p in (studies / "labels" / "final").iterdir() if p.name.startswith(".")]
+
+
+def test_a_new_label_replaces_the_old_one_in_another_format(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", info_of(1))
+    datastore.save_label("a", label_of(tmp_path / "l.nii", 2), "final", info_of(2))
+    assert stored(studies) == (2, 2)
+    assert [p.name for p in (studies / "labels" / "final").iterdir()] == ["a.nii"]
+
+
+def test_two_datastores_on_one_folder_do_not_overwrite_each_other(studies, tmp_path):
+    """The server and its training process, which reconciles while the server saves."""
+    one, two = SafeDatastore(str(studies)), SafeDatastore(str(studies))
+    one.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", info_of(1))
+    two.save_label("b", label_of(tmp_path / "m.nii.gz", 2), "final", info_of(2))
+    one.update_image_info("c.d", {"seen": 1})
+    save(studies / "late.nii.gz", np.zeros(SHAPE, np.float32))
+    two.refresh()
+    assert stored(studies, "a") == (1, 1)
+    assert stored(studies, "b") == (2, 2)
+    final = SafeDatastore(str(studies))
+    assert final.get_image_info("c.d")["seen"] == 1
+    assert "late" in one.list_images()
+
+
+def test_threads_see_every_image_while_the_folder_changes(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    label = label_of(tmp_path / "l.nii.gz", 1)
+    failures = []
+
+    def work(image):
+        try:
+            for _ in range(5):
+                datastore.save_label(image, label, "final", info_of(1))
+                assert image in datastore.list_images()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(image,)) for image in ("a", "b", "c.d")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(stored(studies, image) == (1, 1) for image in ("a", "b", "c.d"))
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_crash_between_any_two_renames_keeps_mask_and_names_together(studies, tmp_path, monkeypatch, step):
+    datastore = SafeDatastore(str(studies))
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", info_of(1))
+    renames = 0
+    real = os.replace
+
+    def crash(source, target):
+        nonlocal renames
+        renames += 1
+        if renames > step:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    finished = True
+    try:
+        datastore.save_label("a", label_of(tmp_path / "m.nii", 2), "final", info_of(2))
+    except KeyboardInterrupt:
+        finished = False
+    monkeypatch.undo()
+    assert stored(studies) in ([(2, 2)] if finished else [(1, 1), (2, 2)])
+    assert not [p for p in studies.rglob(".*") if ".tmp." in p.name or p.suffix in (".incoming", ".journal")]
+
+
+def _save_without_end(studies, labels, started):
+    datastore = SafeDatastore(str(studies))
+    for turn in range(1_000_000):
+        value = turn % len(labels) + 1
+        datastore.save_label("a", labels[value - 1], "final", info_of(value))
+        started.set()
+
+
+def test_kill_9_at_random_moments(studies, tmp_path):
+    labels = [label_of(tmp_path / name, n) for n, name in enumerate(("one.nii.gz", "two.nii", "three.nii.gz"), start=1)]
+    generator = random.Random(0)
+    fork = multiprocessing.get_context("fork")
+    for _ in range(8):
+        started = fork.Event()
+        child = fork.Process(target=_save_without_end, args=(studies, labels, started))
+        child.start()
+        assert started.wait(30)
+        time.sleep(generator.uniform(0.0, 0.1))
+        child.kill()
+        child.join()
+        value, named = stored(studies)
+        assert value == named
+        json.loads((studies / "datastore_v2.json").read_text())
+
+
+@pytest.mark.parametrize("tag", ["..", "../x", "a/b", "", ".", "a\n", "/x"])
+def test_tags_are_plain_words(tag):
+    with pytest.raises(InputError):
+        check_tag(tag)
+
+
+def test_refusals_leave_everything_as_it_was(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    good = label_of(tmp_path / "l.nii.gz", 1)
+    other_grid = str(tmp_path / "o.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 3, 3), np.uint8), AFFINE), other_grid)
+    wrong_type = str(tmp_path / "l.txt")
+    (tmp_path / "l.txt").write_text("x")
+    for image, file, tag, info in [
+        ("nobody", good, "final", {}),
+        ("a", other_grid, "final", {}),
+        ("a", wrong_type, "final", {}),
+        ("a", good, "../out", {}),
+        ("a", good, "final", {"label_info": [{"name": "x"}]}),
+    ]:
+        with pytest.raises(InputError):
+            datastore.save_label(image, file, tag, info)
+    assert stored(studies) is None
+    assert list((studies / "labels" / "final").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".x", "..", "x.nii.gz"])
+def test_added_images_stay_in_the_folder(studies, name):
+    with pytest.raises(InputError):
+        SafeDatastore(str(studies)).add_image(name, str(studies / "a.nii.gz"), {})
+
+
+def test_a_broken_list_is_named_and_not_overwritten(studies):
+    SafeDatastore(str(studies))
+    (studies / "datastore_v2.json").write_text("{")
+    with pytest.raises(StateError, match=r"datastore_v2\.json"):
+        SafeDatastore(str(studies))
+    assert (studies / "datastore_v2.json").read_text() == "{"

@@ -1,0 +1,67 @@
+"""Where the label map comes from, and that its indices never move."""
+
+import json
+
+import pytest
+
+from samadapt.data.labels import LabelMap
+from samadapt.project import Project
+from samadapt.server.labels import LabelSource
+
+
+class Store:
+    """Final labels as ``SafeDatastore.json`` lists them: image -> (time, label_info)."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def json(self):
+        def entry(ts, info):
+            return {"labels": {"final": {"info": {"ts": ts, "name": "x", "label_info": info}}}}
+
+        return {"objects": {"plain": {"labels": {}}, **{image: entry(*label) for image, label in self.labels.items()}}}
+
+
+def named(*names):
+    return [{"name": name, "idx": index} for index, name in enumerate(names, start=1)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return LabelSource(None, tmp_path, Project(tmp_path))
+
+
+def test_nothing_known_at_first(source):
+    assert source.current() is None
+    assert source.indices() == {}
+
+
+def test_names_come_in_the_order_of_submission(source):
+    source.learn_from(Store({"b": (20, named("c", "a")), "a": (10, named("a", "b"))}))
+    assert source.indices() == {"a": 1, "b": 2, "c": 3}
+
+
+def test_indices_do_not_move_when_labels_change_or_the_server_restarts(source, tmp_path):
+    source.learn_from(Store({"a": (10, named("a", "b"))}))
+    source.learn_from(Store({"a": (99, named("b")), "b": (50, named("z", "b"))}))
+    assert source.indices() == {"a": 1, "b": 2, "z": 3}
+    assert LabelSource(None, tmp_path, Project(tmp_path)).indices() == source.indices()
+
+
+def test_labels_json_beside_the_images_wins_over_submitted_names(source, tmp_path):
+    source.learn_from(Store({"a": (10, named("a"))}))
+    (tmp_path / "labels.json").write_text(json.dumps(["x", "y"]))
+    source.learn_from(Store({"a": (10, named("b"))}))
+    assert source.indices() == {"x": 1, "y": 2}
+
+
+def test_configured_labels_win_over_everything(tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps(["x"]))
+    source = LabelSource(LabelMap(("p", "q")), tmp_path, Project(tmp_path))
+    source.learn_from(Store({"a": (10, named("b"))}))
+    assert source.indices() == {"p": 1, "q": 2}
+
+
+def test_background_is_no_structure(source):
+    source.learn_from(Store({"a": (1, [{"name": "background", "idx": 0}, {"name": "liver", "idx": 4}])}))
+    assert source.indices() == {"liver": 1}
