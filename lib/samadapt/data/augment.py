@@ -1,0 +1,52 @@
+"""Random changes of training slices: pose, contrast, noise. No flips, since left and right may be classes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+from torch import Tensor
+
+IMAGE, LABEL = "image", "label"
+
+
+class Augmentation:
+    """Augments one slice and its label together; the same seed gives the same change.
+
+    Args:
+        size: S, side of the model frame in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._transform = Compose(
+            [
+                RandAffined(
+                    (IMAGE, LABEL),
+                    prob=0.9,
+                    rotate_range=math.radians(20),
+                    scale_range=(0.2, 0.2),
+                    shear_range=(0.1, 0.1),
+                    translate_range=(0.06 * size, 0.06 * size),
+                    mode=("bilinear", "nearest"),
+                    padding_mode="zeros",
+                ),
+                RandAdjustContrastd(IMAGE, prob=0.5, gamma=(0.7, 1.5)),
+                RandScaleIntensityd(IMAGE, factors=0.2, prob=0.5),
+                RandShiftIntensityd(IMAGE, offsets=0.1, prob=0.5),
+                RandGaussianNoised(IMAGE, prob=0.3, std=0.05),
+            ]
+        )
+
+    def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """(3,S,S) float in [0,1] and (S,S) integer -> the same, changed."""
+        self._transform.set_random_state(state=np.random.RandomState(seed % 2**32))
+        changed = self._transform({IMAGE: image, LABEL: label[None].float()})
+        return changed[IMAGE].as_tensor().clamp(0, 1), changed[LABEL].as_tensor()[0].to(label.dtype)

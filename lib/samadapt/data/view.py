@@ -1,0 +1,48 @@
+"""One volume as a model sees it: turned upright, windowed, slice by slice in the model frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from samadapt.data.geometry import turn_to_lps
+from samadapt.data.slices import SliceFrame, slice_count, slice_stack
+from samadapt.data.volume import Volume
+from samadapt.data.window import Window, default_window
+
+
+class ModelView:
+    """Slices of a volume along its acquisition plane, ready for ``AdaptedModel.embed``.
+
+    Args:
+        volume: the image.
+        window: the model's intensity window; None takes the volume's default.
+        context: see ``ModelInfo.context``.
+        size: S, side of the model frame in pixels.
+
+    Attributes:
+        turn: from the native grid to the grid of the slices, and back.
+        axis: the axis of the turned grid that slices are taken across.
+        frame: maps one slice of the turned grid to the model frame, and back.
+    """
+
+    def __init__(self, volume: Volume, window: Window | None, context: int, size: int) -> None:
+        self.turn = turn_to_lps(volume.geometry)
+        self.axis = self.turn.turned.acquisition_axis
+        self.frame = SliceFrame.of(self.turn.turned, self.axis, size)
+        self._context = context
+        self._array = (window or default_window(volume)).apply(self.turn.forward(volume.array))
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return slice_count(self._array.shape, self.axis)
+
+    def image(self, index: int) -> Tensor:
+        """(3,S,S) float32 in [0,1]."""
+        return self.frame.to_model(slice_stack(self._array, self.axis, index, self._context)).clamp(0, 1)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """(N,3,S,S) float32 in [0,1]."""
+        return torch.stack([self.image(index) for index in indices])

@@ -1,0 +1,258 @@
+"""The training loop: an ignite engine with warm-up, clipping, rounds, early stopping and resume."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from samadapt.data.labels import resize_label
+from samadapt.errors import StateError
+from samadapt.evaluation.metrics import mean
+from samadapt.model import AdaptedModel
+from samadapt.training import checkpoint
+from samadapt.training.losses import class_loss, prompt_loss
+from samadapt.training.slices import PreparedCase, SliceSampler
+
+ROUNDS = 20
+"""A training is shown to people as so many rounds ("epochs" in the viewers) of equal budget; each ends with a check."""
+
+PATIENCE = 8
+"""Rounds without a better held-out Dice before training stops early."""
+
+CLIP = 1.0
+"""Largest norm of the gradient."""
+
+VALIDATION_SLICES = 32
+"""Slices per held-out case in the check after each round; evenly spread where a case has more."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training ends when either limit is reached; the learning rate falls over the same stretch.
+
+    Attributes:
+        seconds: wall-clock time of the loop, over all resumed parts.
+        steps: optimiser steps.
+    """
+
+    seconds: float
+    steps: int
+
+    def used(self, seconds: float, steps: int) -> float:
+        """Share of the budget that is used, 0..1."""
+        return min(1.0, max(seconds / self.seconds, steps / self.steps))
+
+
+@dataclass
+class Progress:
+    """Where a training stands; part of every checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        seconds: time spent in the loop by earlier processes, and after the end by all of them.
+        round: rounds done.
+        best: best mean held-out Dice so far (None: nothing held out, or no round done).
+        best_round: the round that reached it.
+        loss: smoothed training loss.
+        history: one record per round.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    round: int = 0
+    best: float | None = None
+    best_round: int = 0
+    loss: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains ``model`` in place; afterwards it holds the best round's parameters (without held-out cases: the last).
+
+    Args:
+        model: on its device.
+        training: prepared training cases.
+        held_out: prepared held-out cases; may be empty.
+        budget: when to end.
+        folder: where the checkpoint and the best parameters are kept until ``forget``.
+        fingerprint: changes with anything that makes an old checkpoint useless.
+        report: called often with ``Progress``; cheap.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        training: Sequence[PreparedCase],
+        held_out: Sequence[PreparedCase],
+        budget: Budget,
+        folder: Path,
+        fingerprint: str,
+        report: Callable[[Progress], None],
+    ) -> None:
+        recipe = model.info.recipe
+        self._model = model
+        self._held_out = held_out
+        self._budget = budget
+        self._checkpoint = folder / "checkpoint.safetensors"
+        self._best = folder / "best.safetensors"
+        self._fingerprint = fingerprint
+        self._report = report
+        self._sampler = SliceSampler(training, model.info.image_size, recipe.batch_size, recipe.seed)
+        self._parameters = model.trainable()
+        self._optimizer = torch.optim.AdamW(_groups(model))
+        self._device = next(model.parameters()).device
+        self._started = 0.0
+        self.progress = Progress()
+
+    def run(self) -> Progress:
+        """Train to the end of the budget, from the last checkpoint if there is one of the same training.
+
+        Raises:
+            StateError: the loss is no longer a number.
+        """
+        self._resume()
+        self._started = time.monotonic()
+        self._report(self.progress)
+        engine = Engine(self._step)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._set_learning_rate)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
+        remaining = self._budget.steps - self.progress.step
+        if remaining > 0 and self._used() < 1:
+            self._model.train()
+            engine.run(self._batches(), max_epochs=1, epoch_length=remaining)
+        self.progress.seconds, self._started = self._seconds(), time.monotonic()
+        if self._best.is_file():
+            self._model.load_trained(self._best)
+        self._model.eval()
+        return self.progress
+
+    def forget(self) -> None:
+        """Remove the checkpoint: the training is over and its result is safe."""
+        self._checkpoint.unlink(missing_ok=True)
+        self._best.unlink(missing_ok=True)
+
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step in itertools.count(self.progress.step):
+            yield step, *self._sampler.batch(step)
+
+    def _step(self, engine: Engine, batch: tuple[int, Tensor, Tensor]) -> float:
+        step, images, labels = batch
+        images, labels = images.to(self._device), labels.to(self._device)
+        recipe = self._model.info.recipe
+        generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            embeddings = self._model.embed(images)
+            loss = class_loss(self._model.class_logits(embeddings), labels)
+            if recipe.prompt_weight:
+                loss = loss + recipe.prompt_weight * prompt_loss(self._model, embeddings, labels, generator)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def _set_learning_rate(self, engine: Engine) -> None:
+        factor = _schedule(self._used(), self._model.info.recipe.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+    def _after_step(self, engine: Engine) -> None:
+        progress, loss = self.progress, engine.state.output
+        if not math.isfinite(loss):
+            raise StateError(
+                f"the loss became {loss} at step {progress.step}",
+                remedy="Train with a lower learning rate; the published model is unchanged.",
+            )
+        progress.step += 1
+        progress.loss = loss if progress.loss is None else 0.9 * progress.loss + 0.1 * loss
+        if self._used() >= min(1.0, (progress.round + 1) / ROUNDS):
+            self._finish_round()
+            if self._used() >= 1 or self._hopeless():
+                engine.terminate()
+        self._report(progress)
+
+    def _finish_round(self) -> None:
+        progress = self.progress
+        progress.round = max(progress.round + 1, int(self._used() * ROUNDS))
+        scores = self._validate()
+        found = mean(scores.values()) if scores else None
+        if found is not None and not math.isnan(found) and (progress.best is None or found > progress.best):
+            progress.best, progress.best_round = found, progress.round
+            self._model.save(self._best)
+        record = {"round": progress.round, "step": progress.step, "loss": progress.loss, "dice": scores}
+        progress.history.append(record)
+        state = {**vars(progress), "seconds": self._seconds(), "fingerprint": self._fingerprint}
+        checkpoint.save(self._checkpoint, self._parameters, self._optimizer, state)
+
+    def _hopeless(self) -> bool:
+        return self.progress.best is not None and self.progress.round - self.progress.best_round >= PATIENCE
+
+    def _resume(self) -> None:
+        state = checkpoint.peek(self._checkpoint)
+        if state is None or state.pop("fingerprint", None) != self._fingerprint:
+            self.forget()
+            return
+        checkpoint.restore(self._checkpoint, self._parameters, self._optimizer)
+        self.progress = Progress(**state)
+
+    def _validate(self) -> dict[str, float]:
+        """Mean Dice of each class over the held-out cases, in the model frame, on a few slices: quick, for choosing."""
+        if not self._held_out:
+            return {}
+        self._model.eval()
+        scores = [_frame_dice(self._model, case, self._device) for case in self._held_out]
+        self._model.train()
+        return {name: mean(score[name] for score in scores) for name in self._model.info.labels.names}
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.monotonic() - self._started
+
+    def _used(self) -> float:
+        return self._budget.used(self._seconds(), self.progress.step)
+
+
+def _schedule(used: float, warmup: float) -> float:
+    """Linear rise over the first ``warmup`` of the budget, then half a cosine down to one hundredth."""
+    if used < warmup:
+        return max(used / warmup, 0.02)
+    return max(0.5 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))), 0.01)
+
+
+def _groups(model: AdaptedModel) -> list[dict[str, Any]]:
+    """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them."""
+    recipe = model.info.recipe
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.trainable().items():
+        rate = recipe.head_learning_rate if name.startswith("head.") else recipe.learning_rate
+        matrix = parameter.ndim >= 2 and "token" not in name
+        groups.setdefault((rate, recipe.weight_decay if matrix else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+@torch.inference_mode()
+def _frame_dice(model: AdaptedModel, case: PreparedCase, device: torch.device) -> dict[str, float]:
+    """Dice of each class over the chosen slices of one case together; NaN where a class is in neither mask."""
+    count = min(len(case), VALIDATION_SLICES)
+    names = model.info.labels.names
+    overlap, total = torch.zeros(len(names)), torch.zeros(len(names))
+    for index in torch.linspace(0, len(case) - 1, count).round().long().tolist():
+        logits = model(case.image(index)[None].to(device))
+        found = logits.argmax(dim=1).cpu()
+        truth = resize_label(case.label(index)[None], found.shape)
+        for n in range(len(names)):
+            a, b = found == n + 1, truth == n + 1
+            overlap[n] += (a & b).sum()
+            total[n] += a.sum() + b.sum()
+    return {name: float(2 * overlap[n] / total[n]) if total[n] else math.nan for n, name in enumerate(names)}

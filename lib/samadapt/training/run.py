@@ -1,0 +1,320 @@
+"""One training from labelled cases to a published model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samadapt import backbones, recipes
+from samadapt.config import AppConfig
+from samadapt.data.cases import Case
+from samadapt.data.labels import LabelMap
+from samadapt.data.volume import Volume
+from samadapt.data.window import Window, choose_window
+from samadapt.errors import SamAdaptError, StateError
+from samadapt.evaluation.metrics import dice, mean, mean_by_class
+from samadapt.files import sha256_of
+from samadapt.inference.auto import segment
+from samadapt.model import AdaptedModel, read_info
+from samadapt.project import Project
+from samadapt.training.ledger import Ledger
+from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
+from samadapt.training.slices import PreparedCase, prepare, read_case
+
+CPU_IMAGE_SIZE = 128
+"""Largest automatic image size without a GPU, in pixels: beyond it a training of minutes sees too few slices."""
+
+SMALLEST_IMAGE_SIZE = 64
+
+STATUS_SECONDS = 1.0
+"""Shortest time between two progress records."""
+
+ProgressCallback = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        model: the candidate's file.
+        published: whether it answers annotators now.
+        reason: why, or why not; one sentence.
+        dice: mean held-out Dice of each class on the native grid; empty without held-out cases.
+        steps: optimiser steps.
+        seconds: time in the training loop.
+    """
+
+    model: Path
+    published: bool
+    reason: str
+    dice: dict[str, float]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the training cases decide: the window, and the size of the model frame."""
+
+    window: Window
+    image_size: int
+
+
+def train(
+    cases: Sequence[Case],
+    labels: LabelMap,
+    config: AppConfig,
+    project: Project,
+    progress: ProgressCallback | None = None,
+) -> TrainResult:
+    """Train on the labelled ones of ``cases`` and publish the result if it is no worse than what is published.
+
+    A training that was killed goes on from its last checkpoint when it is called again with the same cases and
+    settings. The published model, where it has the same labels and recipe, is the starting point.
+
+    Args:
+        cases: labelled and unlabelled ones.
+        labels: the classes to learn, in the model's order.
+        config: recipe, backbone, budget.
+        project: where models, ledger and training state are kept.
+        progress: called with the same records as ``project.status()`` gives.
+
+    Raises:
+        StateError: no labelled case, or no label of ``labels`` in any of them.
+        InputError: a case that cannot be read; the message names it.
+    """
+    log = _Status(project, progress)
+    try:
+        return _train([case for case in cases if case.label], labels, config, project, log)
+    except SamAdaptError as error:
+        log.end("failed", str(error))
+        raise
+    except Exception as error:
+        log.end("failed", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(
+    cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status
+) -> TrainResult:
+    if not cases:
+        raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
+    training, held_out = Ledger(project.ledger).split(cases)
+    if not training:
+        training, held_out = held_out, []
+    log.phase("reading the labelled cases")
+    recipe = recipes.get(config.recipe)
+    if config.context is not None:
+        recipe = dataclasses.replace(recipe, context=config.context)
+    plan = _plan(training, labels, config)
+    start = _starting_point(project, labels, recipe, config, plan)
+    model = _model(labels, recipe, config, plan, start)
+    prepared = prepare(
+        [*training, *held_out],
+        labels,
+        plan.window,
+        recipe.context,
+        plan.image_size,
+        project.training / "slices",
+        lambda done, total: log.phase(f"preparing case {done} of {total}"),
+    )
+    _refuse_empty(prepared[: len(training)], labels)
+    trainer = Trainer(
+        model,
+        prepared[: len(training)],
+        prepared[len(training) :],
+        Budget(config.max_train_minutes * 60, config.max_steps),
+        project.training,
+        _fingerprint(prepared, model, config, start),
+        log.step,
+    )
+    done = trainer.run()
+    log.phase("measuring on the held-out cases")
+    scores = _native_dice(model, held_out, labels)
+    candidate = _save(model, project, training, held_out, done, scores)
+    published, reason = _gate(candidate, scores, held_out, labels, project)
+    trainer.forget()
+    log.end("done", reason, dice=scores, published=published, model=candidate.name)
+    return TrainResult(candidate, published, reason, scores, done.step, done.seconds)
+
+
+def _plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> _Plan:
+    """Read every training case once, one at a time, to choose the window and the image size."""
+    sides: list[int] = []
+
+    def pairs() -> Any:
+        for case in cases:
+            volume, mask, _ = read_case(case, labels)
+            sides.append(_longest_side(volume))
+            yield volume, mask
+
+    window = _window(pairs())
+    return _Plan(window, config.image_size or _image_size(max(sides), config.backbone))
+
+
+def _window(pairs: Any) -> Window:
+    """``choose_window`` over one pass of (volume, mask) pairs."""
+    masks: list[Any] = []
+
+    def volumes() -> Any:
+        for volume, mask in pairs:
+            masks.append(mask)
+            yield volume
+
+    def taken() -> Any:
+        while masks:
+            yield masks.pop()
+
+    return choose_window(volumes(), taken())
+
+
+def _longest_side(volume: Volume) -> int:
+    """Longest side of a slice in pixels, counted in the finer of its two spacings."""
+    geometry = volume.geometry
+    axes = [axis for axis in range(3) if axis != geometry.acquisition_axis]
+    finest = min(geometry.spacing[axis] for axis in axes)
+    return round(max(geometry.shape[axis] * geometry.spacing[axis] for axis in axes) / finest)
+
+
+def _image_size(side: int, backbone: str) -> int:
+    """The smallest multiple of 32 that holds a slice, within what the device trains in minutes."""
+    largest = backbones.spec(backbone).default_image_size if torch.cuda.is_available() else CPU_IMAGE_SIZE
+    return min(largest, max(SMALLEST_IMAGE_SIZE, -(-side // 32) * 32))
+
+
+def _starting_point(
+    project: Project, labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan
+) -> Path | None:
+    """The published model, if it was built as this one will be."""
+    published = project.published()
+    if published is None:
+        return None
+    info = read_info(published)
+    same = (info.recipe, info.labels, info.backbone, info.image_size, info.context)
+    return published if same == (recipe, labels, config.backbone, plan.image_size, recipe.context) else None
+
+
+def _model(
+    labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan, start: Path | None
+) -> AdaptedModel:
+    model = recipes.build(recipe, labels, config.backbone, config.weights, plan.image_size)
+    model.describe(window=plan.window, context=recipe.context)
+    if start is not None:
+        model.load_trained(start)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
+    if not any(case.slices_of for case in training):
+        raise StateError(
+            f"none of the {len(training)} training cases shows any of {', '.join(labels.names)}",
+            remedy="Check the names that the labels were submitted with, or set --conf labels.",
+        )
+
+
+def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, config: AppConfig, start: Path | None) -> str:
+    """Changes with the slices, the model and the settings, so that only the same training is resumed."""
+    slices = [str(case.images.filename) for case in prepared]
+    base = sha256_of(start) if start else model.info.weights_sha256
+    parts = [slices, model.info.to_json(), config.max_train_minutes, config.max_steps, base]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _native_dice(model: AdaptedModel, held_out: Sequence[Case], labels: LabelMap) -> dict[str, float]:
+    model.describe(trained=True)
+    scores = []
+    for case in held_out:
+        volume, truth, _ = read_case(case, labels)
+        scores.append(dice(segment(model, volume), truth, labels))
+    return mean_by_class(scores)
+
+
+def _save(
+    model: AdaptedModel,
+    project: Project,
+    training: Sequence[Case],
+    held_out: Sequence[Case],
+    done: Progress,
+    scores: dict[str, float],
+) -> Path:
+    record = {
+        "cases": [case.id for case in training],
+        "held_out": [case.id for case in held_out],
+        "held_out_dice": scores,
+        "steps": done.step,
+        "seconds": round(done.seconds, 1),
+        "rounds": done.history,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    model.describe(trained=True, training=record)
+    path = project.next_model()
+    model.save(path)
+    return path
+
+
+def _gate(
+    candidate: Path, scores: dict[str, float], held_out: Sequence[Case], labels: LabelMap, project: Project
+) -> tuple[bool, str]:
+    """Publish unless the published model, with the same labels, is better on the same held-out cases."""
+    current = project.published()
+    reason = "published: the first model" if current is None else "published: nothing is held out to compare on yet"
+    if current is not None and held_out and read_info(current).labels == labels:
+        before = mean(_native_dice(AdaptedModel.load(current), held_out, labels).values())
+        after = mean(scores.values())
+        figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
+        if after < before:
+            return False, f"not published, it is worse: {figures}"
+        reason = f"published: {figures}"
+    project.publish(candidate)
+    return True, reason
+
+
+class _Status:
+    """Writes ``project.status()`` records, at most about one a second, and passes them on."""
+
+    def __init__(self, project: Project, callback: ProgressCallback | None) -> None:
+        self._project = project
+        self._callback = callback
+        self._started = time.time()
+        self._last = 0.0
+        self._record: dict[str, Any] = {"state": "running", "epoch": 0, "total_epochs": ROUNDS, "best_metric": 0.0}
+        self.phase("starting")
+
+    def phase(self, message: str) -> None:
+        self._record["message"] = message
+        self._write()
+
+    def step(self, progress: Progress) -> None:
+        changed = progress.round != self._record["epoch"]
+        self._record.update(
+            message=f"training: round {progress.round} of {ROUNDS}, step {progress.step}",
+            epoch=progress.round,
+            step=progress.step,
+            loss=progress.loss,
+            best_metric=progress.best or 0.0,
+            history=progress.history,
+        )
+        if changed or time.time() - self._last > STATUS_SECONDS:
+            self._write()
+
+    def end(self, state: str, message: str, **values: Any) -> None:
+        self._record.update(state=state, message=message, **values)
+        if state == "done":
+            self._record["epoch"] = ROUNDS
+        self._write()
+
+    def _write(self) -> None:
+        self._last = time.time()
+        self._record.update(started=self._started, seconds=self._last - self._started)
+        self._project.write_status(**self._record)
+        if self._callback:
+            self._callback(dict(self._record))

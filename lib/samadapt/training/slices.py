@@ -1,0 +1,174 @@
+"""Training slices on disk, in the model frame, so that memory does not grow with the number of cases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samadapt.data.augment import Augmentation
+from samadapt.data.cases import Case
+from samadapt.data.labels import LabelMap, remap
+from samadapt.data.slices import take_slice
+from samadapt.data.view import ModelView
+from samadapt.data.volume import Volume, read_label, read_volume
+from samadapt.data.window import Window
+from samadapt.errors import InputError
+from samadapt.files import atomic_path, write_json
+
+ANY_SLICE = 0.2
+"""Share of slices drawn from all; the others show a class that is drawn first, so that rare classes are seen."""
+
+
+def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, str]:
+    """The image, its label in the order of ``labels`` (uint8, native grid), and what the mapping by name reported.
+
+    Raises:
+        InputError: the case has no label, or image or label cannot be used.
+    """
+    if case.label is None:
+        raise InputError("the case has no label", where=case.id)
+    volume = read_volume(case.image)
+    mask, report = remap(read_label(case.label, volume.geometry), case.values, labels)
+    return volume, mask, str(report)
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One case in the model frame, memory-mapped.
+
+    Attributes:
+        id: case id.
+        images: uint8 (N,C,S,S), 255 is 1.0.
+        labels: uint8 (N,S,S) model label indices.
+        slices_of: class index -> indices of the slices that show it.
+        context: see ``ModelInfo.context``.
+    """
+
+    id: str
+    images: np.ndarray
+    labels: np.ndarray
+    slices_of: dict[int, list[int]]
+    context: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Tensor:
+        """(3,S,S) float32 in [0,1]."""
+        if self.images.shape[1] == 3:
+            stack = self.images[index]
+        else:
+            neighbours = np.clip([index - self.context, index, index + self.context], 0, len(self) - 1)
+            stack = self.images[neighbours, 0]
+        return torch.from_numpy(np.array(stack)).float() / 255
+
+    def label(self, index: int) -> Tensor:
+        """(S,S) int64."""
+        return torch.from_numpy(np.array(self.labels[index])).long()
+
+
+def prepare(
+    cases: Sequence[Case],
+    labels: LabelMap,
+    window: Window,
+    context: int,
+    size: int,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[PreparedCase]:
+    """Write the slices of every case once (a second call finds them), forget those of other settings, and open them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [_key(case, labels, window, size) for case in cases]
+    for stale in folder.iterdir():
+        if stale.name.split(".")[0] not in keys:
+            stale.unlink(missing_ok=True)
+    prepared = []
+    for number, (case, key) in enumerate(zip(cases, keys, strict=True), start=1):
+        if not (folder / f"{key}.json").is_file():
+            _write(case, labels, window, size, folder / key)
+        prepared.append(_open(case.id, folder / key, context))
+        if progress:
+            progress(number, len(cases))
+    return prepared
+
+
+class SliceSampler:
+    """Draws augmented batches. Batch n depends on the seed and on n alone, so a resumed training draws the same.
+
+    Args:
+        cases: at least one.
+        size: S.
+        batch_size: slices per batch.
+        seed: of all draws.
+    """
+
+    def __init__(self, cases: Sequence[PreparedCase], size: int, batch_size: int, seed: int) -> None:
+        self._cases = cases
+        self._augment = Augmentation(size)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._classes = sorted({label for case in cases for label in case.slices_of})
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Images (B,3,S,S) float32 in [0,1] and labels (B,S,S) int64 of step ``number``."""
+        random = np.random.default_rng([self._seed, number])
+        pairs = [self._slice(random) for _ in range(self._batch_size)]
+        return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+
+    def _slice(self, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        cases, label = self._cases, None
+        if self._classes and random.random() >= ANY_SLICE:
+            label = self._classes[random.integers(len(self._classes))]
+            cases = [case for case in cases if label in case.slices_of]
+        case = cases[random.integers(len(cases))]
+        choices = range(len(case)) if label is None else case.slices_of[label]
+        index = choices[random.integers(len(choices))]
+        return self._augment(case.image(index), case.label(index), seed=int(random.integers(2**32)))
+
+
+def _key(case: Case, labels: LabelMap, window: Window, size: int) -> str:
+    """Hex name of a case's prepared slices: changes with the files and with everything that shapes the slices."""
+    files = [path for path in (case.image, case.label) if path is not None]
+    states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    parts = [states, sorted((case.values or {}).items()), labels.names, window.to_dict(), size]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) -> None:
+    volume, mask, report = read_case(case, labels)
+    view = ModelView(volume, window, context=0, size=size)
+    turned = view.turn.forward(mask)
+    channels = 3 if volume.is_colour else 1
+    images = np.stack([np.rint(view.image(i)[:channels].numpy() * 255).astype(np.uint8) for i in range(len(view))])
+    frames = [view.frame.mask_to_model(take_slice(turned, view.axis, i)) for i in range(len(view))]
+    _save(stem.with_suffix(".images.npy"), images)
+    _save(stem.with_suffix(".labels.npy"), np.stack(frames))
+    shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
+    write_json(stem.with_suffix(".json"), {"case": case.id, "labels": report, "slices_of": shown})
+
+
+def _open(case_id: str, stem: Path, context: int) -> PreparedCase:
+    record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
+    labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
+    slices_of = {int(label): indices for label, indices in record["slices_of"].items()}
+    return PreparedCase(case_id, images, labels, slices_of, context)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def _present(frames: Iterable[np.ndarray]) -> list[int]:
+    found: set[int] = set()
+    for frame in frames:
+        found.update(int(label) for label in np.unique(frame))
+    return sorted(found - {0})
