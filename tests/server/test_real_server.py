@@ -57,10 +57,15 @@ def test_info_has_the_three_models_one_trainer_and_both_strategies(client):
     assert info["datastore"]["total"] == 6
 
 
-def test_bars_do_not_show_a_finished_training_before_any(client):
-    stats = client.info()["train_stats"]["samadapt"]
-    assert stats["total_epochs"] > 0
-    assert stats.get("epoch", 0) / stats["total_epochs"] < 0.1 or stats["total_time"]
+def bar(info):
+    """What OHIF's training bar shows, 0 to 1; Slicer's formula agrees as long as a training runs."""
+    (stats,) = info["train_stats"].values()
+    epoch = 0 if stats.get("total_time") else stats.get("epoch") or 1
+    return epoch / (stats.get("total_epochs") or 1)
+
+
+def test_the_training_bar_is_empty_before_any_training(client):
+    assert bar(client.info()) == 0
 
 
 @pytest.mark.parametrize("strategy", ["random", "first"])
@@ -146,6 +151,11 @@ def test_options_may_be_text(client, images):
     assert file.endswith(".nii.gz")
 
 
+def test_training_without_labels_is_refused_with_a_remedy(server):
+    reply = requests.post(f"{server.url}/train/samadapt", json={}, timeout=30)
+    assert "Submit at least one label" in assert_explains(reply, 409)["remedy"]
+
+
 # ---- labels
 
 
@@ -214,6 +224,28 @@ def test_malformed_label_info_is_refused(server, images, tmp_path, label_info):
     )
     assert 400 <= reply.status_code < 500
     assert reply.json()["what"]
+
+
+# ---- training
+
+
+def test_a_training_shows_progress_at_once_and_is_over_once_it_is_stopped(client, server, images, tmp_path):
+    label = label_file(tmp_path / "label.nii.gz", server.studies / f"{images[1]}.nii.gz", BLOCKS)
+    client.save_label(images[1], str(label), params={"label_info": PERMUTED})
+    assert not client.train_status(check_if_running=True)
+    assert requests.post(f"{server.url}/train/", json={}, timeout=30).status_code == 200  # as OHIF starts it
+    assert 0 < bar(client.info()) < 0.2
+    assert client.info()["train_stats"]["samadapt"]["state"] == "running"
+    with pytest.raises(MONAILabelClientException, match="429") as caught:
+        client.train_start("samadapt", {})
+    assert caught.value
+    deadline = time.monotonic() + 60
+    while not client.train_status(check_if_running=True) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert client.train_stop()["status"] == "STOPPED"
+    assert client.info()["train_stats"]["samadapt"]["state"] != "running"
+    assert bar(client.info()) == 0
+    assert not client.train_status(check_if_running=True)
 
 
 # ---- refusals

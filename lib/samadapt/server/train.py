@@ -18,6 +18,7 @@ from samadapt.errors import StateError
 from samadapt.project import Project
 from samadapt.server.labels import LabelSource
 from samadapt.training import train
+from samadapt.training.loop import ROUNDS
 
 SETTINGS = ("max_train_minutes", "max_steps")
 """What a request may change; the rest is settled when the server starts."""
@@ -69,12 +70,13 @@ class TrainSamAdapt(TrainTask):
     def stats(self) -> dict[str, Any]:
         """Progress as the viewers' bars read it.
 
-        They show ``epoch / total_epochs`` as long as there is no ``total_time``, and 100 % for an empty dictionary.
+        They show ``epoch / total_epochs`` as long as there is no ``total_time``, taking epoch 0 for 1 and a missing
+        total for 1: an empty dictionary is shown as 100 %.
         """
         status = self._project.status()
         record = {
             "epoch": status.get("epoch", 0),
-            "total_epochs": max(1, status.get("total_epochs", 1)),
+            "total_epochs": status.get("total_epochs", ROUNDS),
             "best_metric": status.get("best_metric") or 0.0,
             "message": status.get("message", "no training yet"),
             "state": status.get("state", "none"),

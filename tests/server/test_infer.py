@@ -1,0 +1,213 @@
+"""The infer tasks without a server: label maps, slices, formats, and the cache of models and images."""
+
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from samadapt.config import AppConfig
+from samadapt.data.labels import LabelMap
+from samadapt.errors import InputError
+from samadapt.project import Project
+from samadapt.server import infer, models
+from samadapt.server.labels import LabelSource
+
+SHAPE = (6, 8, 5)
+AFFINE = np.diag([1.0, 1.0, 3.0, 1.0])
+
+
+class Published:
+    """Stands in for ``Models`` with a model of the given labels (None: nothing published)."""
+
+    def __init__(self, labels):
+        self.learned = labels
+        self.volume = models.Models(AppConfig(), None).volume
+
+    def trained(self):
+        return self.learned is not None
+
+    def current(self):
+        return models.Served(SimpleNamespace(info=SimpleNamespace(labels=self.learned)), "v0007")
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE, np.float32), AFFINE), path)
+    return str(path)
+
+
+def labels_of(tmp_path, *names):
+    return LabelSource(LabelMap(names) if names else None, tmp_path, Project(tmp_path))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Classes that ``segment`` was asked for; its mask holds value n in slice n of the model's own order."""
+    calls = []
+
+    def segment(model, volume, classes=None, progress=None):
+        calls.append(classes)
+        mask = np.zeros(volume.geometry.shape, np.uint8)
+        for value, name in enumerate(model.info.labels.names, start=1):
+            if classes is None or name in classes:
+                mask[:, :, value] = value
+        return mask
+
+    monkeypatch.setattr(infer, "segment", segment)
+    return calls
+
+
+def run(task, image, **request):
+    file, params = task({"image": image, "result_extension": ".nii.gz", **request})
+    mask = nibabel.load(file)
+    np.testing.assert_array_equal(mask.affine, AFFINE)
+    return np.asarray(mask.dataobj), params
+
+
+def test_masks_follow_the_label_map_of_the_app_not_the_model(tmp_path, image, asked):
+    task = infer.Segmentation(Published(LabelMap(("b", "A", "gone"))), labels_of(tmp_path, "a", "b", "new"))
+    mask, params = run(task, image)
+    assert params["label_names"] == {"a": 1, "b": 2, "new": 3}
+    assert params["model_version"] == "v0007"
+    assert params["message"] == "not learned yet: new"
+    assert asked == [["A", "b"]]
+    assert [np.unique(mask[:, :, k]).tolist() for k in range(5)] == [[0], [2], [1], [0], [0]]
+
+
+def test_label_prompt_restricts_the_classes(tmp_path, image, asked):
+    task = infer.Segmentation(Published(LabelMap(("a", "b"))), labels_of(tmp_path, "a", "b"))
+    mask, params = run(task, image, label_prompt=[2])
+    assert asked == [["b"]]
+    assert np.unique(mask).tolist() == [0, 2]
+    assert "message" not in params
+
+
+def test_nothing_learned_is_an_empty_mask_and_a_message(tmp_path, image, asked):
+    mask, params = run(infer.Segmentation(Published(None), labels_of(tmp_path)), image)
+    assert mask.shape == SHAPE
+    assert not mask.any()
+    assert params["message"] == infer.NOTHING_LEARNED
+    assert asked == []
+
+
+@pytest.fixture
+def clicked(monkeypatch):
+    """Prompts and slices that the click functions were asked for; they answer with everything."""
+    calls = []
+
+    def segment_slice(model, volume, axis, index, prompts):
+        calls.append((index, prompts))
+        return np.ones([size for a, size in enumerate(volume.geometry.shape) if a != axis][::-1], bool)
+
+    def segment_object(model, volume, prompts):
+        calls.append((None, prompts))
+        return np.ones(volume.geometry.shape, bool)
+
+    monkeypatch.setattr(infer, "segment_slice", segment_slice)
+    monkeypatch.setattr(infer, "segment_object", segment_object)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("request_", "index"),
+    [
+        ({"foreground": [[1, 1, 1], [2, 2, 3]]}, 3),  # the last click says which slice
+        ({"foreground": [[1, 1, 1], [2, 2, 3]], "slice": 1}, 1),
+        ({"foreground": [[1, 1, 1]], "background": [[2, 2, 1], [2, 2, 3]]}, 1),
+        ({"roi": [0, 3, 0, 3, 4, 1]}, 2),
+        ({"roi": [0, 3, 0, 3, 4, 1], "slice": 0}, 0),
+    ],
+)
+def test_2d_clicks_fill_one_slice_with_the_prompts_on_it(tmp_path, image, clicked, request_, index):
+    mask, params = run(infer.Clicks(Published(None), labels_of(tmp_path), 2), image, label="tail", **request_)
+    ((asked, prompts),) = clicked
+    assert asked == index
+    assert all(point[2] == index for point in prompts.foreground + prompts.background)
+    assert set(np.nonzero(mask)[2]) == {index}
+    assert params["label_names"] == {"tail": 1}
+
+
+def test_3d_clicks_pass_on_all_prompts(tmp_path, image, clicked):
+    mask, _ = run(infer.Clicks(Published(None), labels_of(tmp_path), 3), image, foreground=[[1, 1, 1], [2, 2, 3]])
+    ((_, prompts),) = clicked
+    assert prompts.foreground == [(1, 1, 1), (2, 2, 3)]
+    assert mask.all()
+
+
+@pytest.mark.parametrize("request_", [{}, {"background": [[1, 1, 1]]}, {"foreground": [[1, 1, 1]], "slice": 0}])
+def test_clicks_without_anything_to_go_by_are_refused(tmp_path, image, clicked, request_):
+    with pytest.raises(InputError):
+        run(infer.Clicks(Published(None), labels_of(tmp_path), 2), image, **request_)
+
+
+def test_a_2d_image_gets_a_png_by_default(tmp_path, clicked):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.zeros((7, 9), np.uint8)).save(path)
+    file, _ = infer.Clicks(Published(None), labels_of(tmp_path), 2)({"image": str(path), "foreground": [[8, 6]]})
+    assert file.endswith(".png")
+    assert np.asarray(Image.open(file)).shape == (7, 9)
+
+
+def test_a_refused_answer_leaves_no_file_behind(tmp_path, image, clicked, monkeypatch):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InputError):
+        infer.Clicks(Published(None), labels_of(tmp_path), 3)(
+            {"image": image, "foreground": [[1, 1, 1]], "result_extension": ".png"}
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.nii.gz"]
+
+
+class Fake:
+    """An ``AdaptedModel`` as far as ``Models`` is concerned."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def merge(self):
+        pass
+
+    def eval(self):
+        return self
+
+    def to(self, device):
+        return self
+
+
+def test_models_load_once_and_again_when_another_version_is_published(tmp_path, monkeypatch):
+    loads = []
+
+    def load(source, **options):
+        loads.append(source)
+        return Fake(source)
+
+    monkeypatch.setattr(models.recipes, "build", lambda *arguments: load("plain"))
+    monkeypatch.setattr(models.AdaptedModel, "load", load)
+    monkeypatch.setattr(models, "read_info", lambda path: SimpleNamespace(backbone="lite_medsam"))
+    project = Project(tmp_path)
+    cache = models.Models(AppConfig(), project)
+    assert loads == []
+    assert not cache.trained()
+    assert cache.current().version == models.PLAIN
+    assert cache.current() is cache.current()
+    for version in ("v0001", "v0002"):
+        path = project.models / f"{version}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        project.publish(path)
+        assert cache.trained()
+        assert cache.current().version == version
+        assert cache.current() is cache.current()
+    assert [getattr(source, "stem", source) for source in loads] == ["plain", "v0001", "v0002"]
+
+
+def test_images_stay_in_memory_until_their_file_changes(tmp_path, image):
+    cache = models.Models(AppConfig(), Project(tmp_path))
+    first = cache.volume(image)
+    assert cache.volume(image) is first
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 3, 3), np.float32), AFFINE), image)
+    assert cache.volume(image).geometry.shape == (3, 3, 3)
