@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ def _members(folder: Path) -> dict[str, Path]:
 
 
 def _values(studies: Path, datastore: Mapping[str, Any], case_id: str) -> dict[int, str] | None:
-    info = _final(datastore.get("objects", {}).get(case_id, {})).get("info") or {}
-    label_info = info.get("label_info") or (info.get("params") or {}).get("label_info")
+    info = _part(_final(datastore.get("objects", {}).get(case_id)), "info")
+    label_info = info.get("label_info") or _part(info, "params").get("label_info")
     if not label_info:
         return None
     try:
@@ -176,9 +177,19 @@ def _patient(case_id: str, image: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _read_settled(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read as JSON ({error})", where=path, remedy="Mend or remove the file.") from error
     if not isinstance(value, dict):
         raise InputError("not a JSON object", where=path, remedy="Mend or remove the file.")
     return value
+
+
+def _read_settled(path: Path) -> Any:
+    """The file's JSON; a server that is just rewriting it (not atomically) is given half a second."""
+    for _ in range(5):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            time.sleep(0.1)
+    return json.loads(path.read_text(encoding="utf-8"))

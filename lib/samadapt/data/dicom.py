@@ -103,7 +103,7 @@ def read_series(path: Path) -> Series:
     """Read a folder (subfolders included) with one image series, or one DICOM file.
 
     Slices are sorted along the normal of the image plane, ascending, as ITK (and so MONAI Label and Slicer) does.
-    Values are rescaled to the modality's unit (HU for CT); MONOCHROME1 is inverted, so that bright is always high.
+    Values are rescaled to the modality's unit (HU for CT); GDCM inverts MONOCHROME1, so that bright is always high.
     Objects that are no images (RTSTRUCT, SEG, ...) are skipped. A tilted gantry gives a sheared affine.
 
     Raises:
@@ -117,7 +117,7 @@ def read_series(path: Path) -> Series:
     _check_alike(path, slices)
     ordered, affine = _place(path, slices)
     array = _pixels([s.path for s in ordered], colour=int(first.get("SamplesPerPixel") or 1) > 1)
-    return Series(_bright_is_high(array, first), affine, _modality(first))
+    return Series(array, affine, _modality(first))
 
 
 def _one_series(path: Path) -> list[_Slice]:
@@ -261,7 +261,7 @@ def _read_multiframe(path: Path, slices: list[_Slice]) -> Series:
     names = [f"frame {n + 1}" for n in range(len(frames))]
     order, affine = _stack(path, plane, positions, names, thickness)
     array = _pixels([slices[0].path], colour=int(header.get("SamplesPerPixel") or 1) > 1)
-    return Series(_bright_is_high(array[:, :, order], header), affine, _modality(header))
+    return Series(array[:, :, order], affine, _modality(header))
 
 
 def _group(frame: Dataset, shared: Dataset, name: str) -> Dataset:
@@ -280,9 +280,3 @@ def _pixels(paths: list[Path], *, colour: bool) -> np.ndarray:
     if image.GetDimension() == 2:
         array = array[None]
     return np.swapaxes(array, 0, 2)
-
-
-def _bright_is_high(array: np.ndarray, header: Dataset) -> np.ndarray:
-    if header.get("PhotometricInterpretation") != "MONOCHROME1":
-        return array
-    return array.max() + array.min() - array

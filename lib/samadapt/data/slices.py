@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from samadapt.data.geometry import Geometry
+from samadapt.data.labels import ArrayOrTensor, resize_label
 from samadapt.errors import InputError
-
-ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 _ROWS = (2, 2, 1)
 _COLUMNS = (1, 0, 0)
@@ -84,7 +82,7 @@ class SliceFrame:
     def mask_to_model(self, mask: ArrayOrTensor, padding: int = 0) -> ArrayOrTensor:
         """(H, W) whole numbers -> (S, S), nearest; ``padding`` is the value outside the slice."""
         h, w = self.content
-        resized = resize_nearest(mask, (h, w))
+        resized = resize_label(mask, (h, w))
         if isinstance(resized, Tensor):
             return F.pad(resized, (0, self.size - w, 0, self.size - h), value=padding)
         return np.pad(resized, ((0, self.size - h), (0, self.size - w)), constant_values=padding)
@@ -182,17 +180,6 @@ def slice_stack(array: np.ndarray, axis: int, index: int, context: int) -> Tenso
     else:
         raise InputError(f"an image has 1 or 3 channels, not {array.shape[0]}")
     return torch.from_numpy(np.stack(channels).astype(np.float32, copy=False))
-
-
-def resize_nearest(mask: ArrayOrTensor, size: Sequence[int]) -> ArrayOrTensor:
-    """Resize every axis of ``mask`` to ``size`` by taking the pixel whose area holds the new pixel's centre."""
-    if len(size) != mask.ndim or min(size) < 1:
-        raise InputError(f"a mask of shape {tuple(mask.shape)} cannot be resized to {tuple(size)}")
-    for axis, (old, new) in enumerate(zip(mask.shape, size, strict=True)):
-        # Whole-number arithmetic for floor((n + 0.5) * old / new): exact at every border.
-        nearest = (2 * np.arange(new) + 1) * old // (2 * new)
-        mask = mask[(slice(None),) * axis + (nearest,)]
-    return mask
 
 
 def _lerp(values: Tensor, positions: Tensor, dim: int) -> Tensor:

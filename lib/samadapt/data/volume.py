@@ -25,8 +25,8 @@ NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")
-SUFFIXES = NIFTI + ITK + PICTURES + (".dcm",)
-"""File names that :func:`read_volume` reads, longest first where one ends with another."""
+SUFFIXES = NIFTI + ITK + PICTURES
+"""Endings of the image files that :func:`read_volume` reads (DICOM files are known by their content)."""
 
 _READABLE = "NIfTI (.nii, .nii.gz), NRRD, MHA, PNG, JPEG, TIFF, BMP, or a folder with one DICOM series"
 _AGAIN = "Open it in a viewer to check it; if it was copied or downloaded, do that again."
@@ -137,7 +137,7 @@ def write_mask(
     Args:
         path: ``.nii.gz``, ``.nii``, ``.nrrd`` (a plain labelmap, in LPS, i fastest) or, for one slice, ``.png``.
         mask: (I, J, K) of whole numbers from 0 to 65535; stored as uint8, or as uint16 where values exceed 255.
-        names: label value -> name, stored in the header of NRRD (key ``labels``) and NIfTI (a comment).
+        names: label value -> name, stored in the header of NRRD (key ``label_names``) and NIfTI (a comment).
         compress: NRRD only: gzip, or the raw bytes that OHIF reads.
 
     Raises:
@@ -285,14 +285,13 @@ def _read_picture(path: Path) -> _Raw:
             image = image.convert("RGB")
         if image.mode == "1":
             image = image.convert("L")
-        # A palette of greys is a grey image.
         array = np.asarray(image)
         return _Raw(_columns_first(array), _picture_geometry(array), None, array.dtype == np.uint8)
 
 
 def _read_indices(path: Path) -> _Raw:
     """A picture as label: palette entries count as label values, equal channels as one."""
-    with _one_page(path) as image:
+    with _damage_named(path), _one_page(path) as image:
         if image.mode in ("LA", "La"):
             image = image.convert("L")
         array = np.asarray(image)
@@ -309,8 +308,10 @@ def _read_indices(path: Path) -> _Raw:
 
 def _one_page(path: Path) -> Image.Image:
     image = Image.open(path)
-    if getattr(image, "n_frames", 1) > 1:
-        raise _too_many(f"{getattr(image, 'n_frames', 1)} pages", path)
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        image.close()
+        raise _too_many(f"{pages} pages", path)
     return image
 
 
@@ -447,7 +448,7 @@ def _write_nrrd(path: Path, mask: np.ndarray, geometry: Geometry, names: dict[in
         "encoding": encoding,
     }
     if names:
-        header["labels"] = json.dumps(names)
+        header["label_names"] = json.dumps(names)  # "labels" is NRRD's own field, for axes
     nrrd.write(str(path), mask, header, index_order="F", compression_level=1)
 
 

@@ -70,8 +70,8 @@ class Window:
         width = high - low
         if width <= 1e-6 * max(abs(low), abs(high), 1e-20):  # constant as far as float32 can tell
             return np.zeros(array.shape, dtype=np.float32)
-        values = np.clip(array, low, high).astype(np.float32, copy=False)
-        with np.errstate(over="ignore"):
+        values = np.asarray(array, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what overflows lies outside the window and is clipped
             scaled = (values - np.float32(low)) * np.float32(1.0 / width)
         return np.clip(scaled, 0.0, 1.0, out=scaled)
 
