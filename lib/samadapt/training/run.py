@@ -187,7 +187,7 @@ def _longest_side(volume: Volume) -> int:
 
 def _image_size(side: int, backbone: str) -> int:
     """The smallest multiple of 32 that holds a slice, within what the device trains in minutes."""
-    largest = backbones.spec(backbone).default_image_size if torch.cuda.is_available() else CPU_IMAGE_SIZE
+    largest = backbones.spec(backbone).image_size if torch.cuda.is_available() else CPU_IMAGE_SIZE
     return min(largest, max(SMALLEST_IMAGE_SIZE, -(-side // 32) * 32))
 
 

@@ -1,0 +1,245 @@
+"""What every adapted model promises, whatever its recipe and backbone. A new recipe is a new row here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from segment_anything.modeling import Sam
+from tiny import BACKBONES, SIZE
+
+from samadapt import recipes
+from samadapt.adapters.qkv import fuse_attention
+from samadapt.adapters import LoraConfig
+from samadapt.errors import InputError, StateError
+from samadapt.model import AdaptedModel, read_info
+from samadapt.training.losses import class_loss, prompt_loss
+
+LABELS = ("left", "right", "tumour")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=BACKBONES, ids=str)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(params=recipes.names())
+def model(request, layout) -> AdaptedModel:
+    return recipes.build(request.param, LABELS, BACKBONES[layout]())
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels():
+    labels = torch.zeros(2, SIZE, SIZE, dtype=torch.long)
+    labels[0, 8:24, 8:30] = 1
+    labels[0, 40:60, 10:20] = 3
+    labels[1, 30:50, 30:50] = 2
+    return labels
+
+
+def step(model: AdaptedModel, images, labels, rate: float = 1e-2) -> None:
+    """One optimiser step on every parameter that has a gradient."""
+    model.train()
+    embeddings = model.embed(images)
+    loss = class_loss(model.class_logits(embeddings), labels)
+    loss = loss + prompt_loss(model, embeddings, labels, torch.Generator().manual_seed(0))
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad.sign()
+                parameter.grad = None
+    model.eval()
+
+
+def box_masks(model, embedding, multimask=False):
+    boxes = torch.tensor([[5.0, 6.0, 40.0, 50.0], [20.0, 20.0, 60.0, 61.0]])
+    return model.prompt_masks(embedding, boxes=boxes, multimask=multimask)
+
+
+@torch.no_grad()
+def test_identity_at_start(model, layout, images):
+    """The prompted answer of an untrained model is the base SAM's, mask and predicted IoU."""
+    base = BACKBONES[layout]()
+    sam = Sam(base.image_encoder, base.prompt_encoder, base.mask_decoder)
+    embedding = base.embed(images[:1])
+    assert torch.allclose(model.embed(images[:1]), embedding, atol=1e-4)
+    boxes = torch.tensor([[5.0, 6.0, 40.0, 50.0], [20.0, 20.0, 60.0, 61.0]])
+    sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
+    for multimask in (False, True):
+        expected = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
+        found = box_masks(model, model.embed(images[:1]), multimask)
+        assert torch.allclose(found[0], expected[0], atol=1e-4)
+        assert torch.allclose(found[1], expected[1], atol=1e-4)
+
+
+def test_start_of_classes_is_defined(layout, images):
+    """Class tokens are copies of the multimask tokens: the same on every build, and no class starts far ahead."""
+    first, second = (recipes.build("lora", LABELS, BACKBONES[layout]()) for _ in range(2))
+    with torch.no_grad():
+        logits = first(images)
+        assert torch.equal(logits, second(images))
+    assert logits.shape == (2, len(LABELS) + 1, first.backbone.mask_size, first.backbone.mask_size)
+    source = first.backbone.mask_decoder.mask_tokens.weight
+    for c, token in enumerate(first.head.class_tokens):
+        assert torch.dist(token, source[1 + c % 3]) < 0.2 * source[1 + c % 3].norm()
+
+
+def test_only_declared_parameters_get_gradients_and_change(model, images, labels):
+    declared = set(model.trainable())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    step(model, images, labels)
+    step(model, images, labels)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= declared
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == declared
+    assert {name for name in declared if "lora" in name} <= changed
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+def test_base_weights_unchanged_after_training(model, layout, images, labels):
+    """With the adapter taken out, the encoder is byte for byte the base's."""
+    base = BACKBONES[layout]()
+    step(model, images, labels)
+    for module in list(model.backbone.modules()):
+        if hasattr(module, "lora_B"):
+            for matrix in module.lora_B.values():
+                torch.nn.init.zeros_(matrix.weight)
+    model.merge()
+    own = model.backbone.state_dict()
+    assert set(own) == set(base.state_dict())
+    assert all(torch.equal(own[name], tensor) for name, tensor in base.state_dict().items())
+
+
+@torch.no_grad()
+def test_merged_equals_unmerged(model, images, labels):
+    with torch.enable_grad():
+        step(model, images, labels)
+    before = model(images)
+    model.merge()
+    assert torch.allclose(model(images), before, atol=1e-4)
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_save_and_load_are_exact(model, layout, images, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr("samadapt.backbones.load", lambda name, weights, image_size: BACKBONES[layout]())
+    step(model, images, labels)
+    model.describe(trained=True, training={"cases": ["a"]})
+    model.save(tmp_path / "model.safetensors")
+    loaded = AdaptedModel.load(tmp_path / "model.safetensors")
+    assert loaded.info == model.info
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+        assert torch.equal(box_masks(loaded, loaded.embed(images[:1]))[0], box_masks(model, model.embed(images[:1]))[0])
+
+
+def test_a_new_process_predicts_the_same(model, layout, images, labels, tmp_path):
+    step(model, images, labels)
+    model.save(tmp_path / "model.safetensors")
+    torch.save(images, tmp_path / "images.pt")
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from tiny import BACKBONES\n"
+        "import samadapt.backbones as b\n"
+        f"b.load = lambda name, weights, image_size: BACKBONES[{layout!r}]()\n"
+        "from samadapt.model import AdaptedModel\n"
+        f"model = AdaptedModel.load({str(tmp_path / 'model.safetensors')!r})\n"
+        f"images = torch.load({str(tmp_path / 'images.pt')!r}, weights_only=True)\n"
+        f"torch.save(model(images).detach(), {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=_environment())
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), model(images))
+
+
+def test_a_merged_model_refuses_to_be_saved(model, tmp_path):
+    model.merge()
+    with pytest.raises(StateError, match="merge"):
+        model.save(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_of_one_one_class_and_empty_slice_train(layout, images):
+    model = recipes.build("lora", ("one",), BACKBONES[layout]())
+    before = model.head.class_tokens.detach().clone()
+    step(model, images[:1], torch.zeros(1, SIZE, SIZE, dtype=torch.long))
+    assert torch.isfinite(model(images[:1])).all()
+    assert not torch.equal(before, model.head.class_tokens)
+
+
+def test_twenty_classes(layout, images):
+    model = recipes.build("lora", tuple(f"organ {n}" for n in range(20)), BACKBONES[layout]())
+    labels = torch.randint(0, 21, (2, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    step(model, images, labels)
+    assert model(images).shape[1] == 21
+
+
+def test_adapter_hits_q_and_v_alone(layout, images):
+    """An update of q alone changes exactly the q channels of the fused projection."""
+    model = recipes.build("lora", LABELS, BACKBONES[layout](), adapter=LoraConfig(targets=("q",)))
+    base = BACKBONES[layout]()
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    model.merge()
+    for layer in base.attention_layers():
+        new, old = (b.get_submodule(layer.name).weight for b in (model.backbone, base))
+        changed = (new != old).any(dim=1).nonzero()[:, 0]
+        assert set(changed.tolist()) == set(layer.layout.channels("q").tolist())
+
+
+def test_lora_parameter_count_is_sameds():
+    """147,456 for ViT-B, rank 4, q and v of all blocks (methods: SAMed)."""
+    with torch.device("meta"):
+        from samadapt import backbones
+        from samadapt.adapters.lora import adapter_parameters
+        backbone = backbones.build("sam_vit_b", 256)
+    backbone = backbone.to_empty(device="cpu")
+    from samadapt.adapters import inject_lora
+    inject_lora(backbone, LoraConfig(rank=4, alpha=4))
+    assert sum(p.numel() for p in adapter_parameters(backbone).values()) == 147_456
+
+
+def test_files_that_are_no_models_are_named(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(InputError, match=r"broken\.safetensors"):
+        read_info(path)
+    with pytest.raises(InputError, match=r"missing\.safetensors"):
+        read_info(tmp_path / "missing.safetensors")
+
+
+def test_splitting_and_fusing_is_exact(layout):
+    from samadapt.adapters.qkv import split_attention
+
+    backbone, base = BACKBONES[layout](), BACKBONES[layout]()
+    for layer in backbone.attention_layers():
+        split_attention(backbone, layer)
+    fuse_attention(backbone)
+    own = backbone.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def _environment():
+    import os
+    from pathlib import Path
+
+    tests = Path(__file__).parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent / "lib"), str(tests)])}
