@@ -11,9 +11,10 @@ import nibabel
 import numpy as np
 import pytest
 import requests
-from conftest import Server, label_file, make_volumes
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
+
+from serving import Server, label_file, make_volumes
 
 pytestmark = pytest.mark.e2e
 
