@@ -1,0 +1,265 @@
+"""Training on small phantoms with small random backbones: splits, resume, publishing, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BACKBONES, write_studies
+
+from samadapt.config import AppConfig
+from samadapt.data.cases import Case, find_cases
+from samadapt.data.labels import LabelMap
+from samadapt.data.volume import read_volume
+from samadapt.data.window import Window
+from samadapt.errors import InputError, StateError
+from samadapt.inference.auto import segment
+from samadapt.model import AdaptedModel, read_info
+from samadapt.project import Project
+from samadapt.training import train
+from samadapt.training.ledger import Ledger
+from samadapt.training.slices import SliceSampler, prepare
+
+LABELS = LabelMap(("bright", "dark"))
+TESTS = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def studies(tmp_path):
+    folder = tmp_path / "studies"
+    write_studies(folder, 5)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny_backbone(monkeypatch):
+    def load(name, weights=None, image_size=None):
+        backbone = BACKBONES["per_head"]()
+        backbone.weights_sha256 = "0" * 64
+        return backbone
+
+    monkeypatch.setattr("samadapt.backbones.load", load)
+
+
+def settings_for(steps: int) -> AppConfig:
+    return AppConfig.from_strings({"max_steps": str(steps), "max_train_minutes": "5", "image_size": "64"})
+
+
+# ---- the ledger
+
+ids = st.lists(st.text("abcdefgh", min_size=1, max_size=3), unique=True, max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(first=ids, second=ids)
+def test_a_case_never_changes_sides(tmp_path_factory, first, second):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.json"
+    one = [Case(name, Path(name)) for name in first]
+    both = one + [Case(name, Path(name)) for name in second if name not in first]
+    training, held_out = Ledger(path).split(one)
+    later_training, later_held_out = Ledger(path).split(both)
+    assert {c.id for c in training} <= {c.id for c in later_training}
+    assert {c.id for c in held_out} <= {c.id for c in later_held_out}
+    assert {c.id for c in both} == {c.id for c in later_training} ^ {c.id for c in later_held_out}
+    assert len(later_held_out) == len(both) // 4
+
+
+def test_one_patient_is_on_one_side(tmp_path):
+    cases = [Case(f"c{n}", Path("x"), patient=f"p{n // 2}") for n in range(16)]
+    training, held_out = Ledger(tmp_path / "ledger.json").split(cases)
+    assert held_out
+    assert not {c.patient for c in training} & {c.patient for c in held_out}
+
+
+def test_a_damaged_ledger_is_refused_and_kept(tmp_path):
+    path = tmp_path / "ledger.json"
+    path.write_text('{"case a": "maybe"}')
+    with pytest.raises(InputError, match=r"ledger\.json"):
+        Ledger(path)
+    assert path.read_text() == '{"case a": "maybe"}'
+
+
+# ---- slices
+
+
+def test_batches_depend_on_seed_and_number_alone(studies, tmp_path):
+    cases = [case for case in find_cases(studies) if case.label]
+    prepared = prepare(cases, LABELS, Window("percentile", 0.5, 99.5), 1, 64, tmp_path / "slices")
+    first, second = (SliceSampler(prepared, 64, 4, seed=3) for _ in range(2))
+    first.batch(0)
+    for number in (7, 2):
+        assert all(torch.equal(a, b) for a, b in zip(first.batch(number), second.batch(number), strict=True))
+    assert not torch.equal(first.batch(7)[0], first.batch(8)[0])
+
+
+def test_prepared_slices_follow_the_files(studies, tmp_path):
+    """A resubmitted label replaces the prepared slices; the old ones are removed."""
+    cases = [case for case in find_cases(studies) if case.label]
+    window = Window("percentile", 0.5, 99.5)
+    before = prepare(cases, LABELS, window, 1, 64, tmp_path / "slices")
+    count = len(list((tmp_path / "slices").iterdir()))
+    label = cases[0].label
+    label.write_bytes(cases[1].label.read_bytes())
+    after = prepare(cases, LABELS, window, 1, 64, tmp_path / "slices")
+    assert not np.array_equal(before[0].labels, after[0].labels)
+    assert np.array_equal(after[0].labels, after[1].labels)
+    assert len(list((tmp_path / "slices").iterdir())) == count
+
+
+# ---- training
+
+
+def test_training_learns_publishes_and_reports(studies):
+    records = []
+    project = Project(studies)
+    result = train(find_cases(studies), LABELS, settings_for(60), project, records.append)
+    assert result.published
+    assert project.published() == result.model
+    info = read_info(result.model)
+    assert info.trained
+    assert len(info.training["cases"]) == 4
+    assert len(info.training["held_out"]) == 1
+    assert [r["epoch"] for r in records] == sorted(r["epoch"] for r in records)
+    assert records[0]["state"] == "running"
+    assert project.status()["state"] == "done"
+    losses = [r["loss"] for r in info.training["rounds"]]
+    assert losses[-1] < 0.8 * losses[0]
+    model = AdaptedModel.load(result.model)
+    mask = segment(model, read_volume(studies / "case_0.nii.gz"))
+    assert mask.shape == (36, 30, 6)
+    assert set(np.unique(mask)) <= {0, 1, 2}
+
+
+def test_an_untrained_model_finds_nothing(studies):
+    from samadapt import recipes
+
+    model = recipes.build("lora", LABELS, BACKBONES["per_head"]())
+    assert not segment(model, read_volume(studies / "case_0.nii.gz")).any()
+
+
+def test_a_worse_candidate_is_not_published(studies, monkeypatch):
+    project = Project(studies)
+    first = train(find_cases(studies), LABELS, settings_for(40), project)
+    scores = iter([{"bright": 0.2, "dark": 0.2}, {"bright": 0.5, "dark": 0.5}])
+    monkeypatch.setattr("samadapt.training.run._native_dice", lambda *args: next(scores))
+    second = train(find_cases(studies), LABELS, settings_for(2), project)
+    assert not second.published
+    assert "worse" in second.reason
+    assert project.published() == first.model
+    assert second.model.is_file()
+
+
+def test_nothing_labelled_is_refused(studies):
+    cases = [Case(case.id, case.image) for case in find_cases(studies)]
+    with pytest.raises(StateError, match="Submit"):
+        train(cases, LABELS, settings_for(2), Project(studies))
+    assert Project(studies).status()["state"] == "failed"
+
+
+def test_labels_that_nobody_used_are_refused(studies):
+    cases = [Case(c.id, c.image, c.label, {1: "spleen", 2: "liver"}) for c in find_cases(studies)]
+    with pytest.raises(StateError, match="bright, dark"):
+        train(cases, LABELS, settings_for(2), Project(studies))
+
+
+def spawn(studies: Path, steps: int) -> subprocess.Popen:
+    """A training in a process of its own, to be killed."""
+    program = f"""
+import sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "lib")!r}]
+import torch; torch.set_num_threads(1)
+import samadapt.backbones as b
+from tiny import BACKBONES
+def load(name, weights=None, image_size=None):
+    backbone = BACKBONES["per_head"](); backbone.weights_sha256 = "0" * 64; return backbone
+b.load = load
+from pathlib import Path
+from samadapt.config import AppConfig
+from samadapt.data.cases import find_cases
+from samadapt.data.labels import LabelMap
+from samadapt.project import Project
+from samadapt.training import train
+conf = {{"max_steps": "{steps}", "max_train_minutes": "5", "image_size": "64"}}
+studies = Path({str(studies)!r})
+print(train(find_cases(studies), LabelMap(("bright", "dark")), AppConfig.from_strings(conf), Project(studies)).reason)
+"""
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def labels_of(studies: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (studies / "labels" / "final").iterdir()}
+
+
+def test_killed_at_five_random_moments_it_resumes_and_ends_with_a_model_that_loads(studies):
+    project, labels = Project(studies), labels_of(studies)
+    moments = random.Random(0)
+    steps_seen = []
+    for _ in range(5):
+        process = spawn(studies, steps=400)
+        deadline = time.monotonic() + 120
+        while project.status().get("step") is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        status = project.status()
+        assert status["state"] in ("interrupted", "done")
+        steps_seen.append(status.get("step") or 0)
+        assert labels_of(studies) == labels
+        if published := project.published():
+            AdaptedModel.load(published)
+    process = spawn(studies, steps=400)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    assert "published" in out
+    AdaptedModel.load(project.published())
+    assert labels_of(studies) == labels
+    leftovers = [path.name for path in project.root.rglob("*") if ".tmp." in path.name]
+    assert leftovers == [] or all(name.startswith(".") for name in leftovers)
+
+
+def test_a_resumed_training_goes_on_where_it_was(studies):
+    project = Project(studies)
+    process = spawn(studies, steps=200)
+    checkpoint = project.training / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    from samadapt.training.checkpoint import peek
+
+    done = peek(checkpoint)["step"]
+    assert 0 < done < 200
+    records = []
+    train(find_cases(studies), LABELS, settings_for(200), project, records.append)
+    steps = [r["step"] for r in records if r.get("step") is not None]
+    assert steps[0] >= done
+    assert steps[-1] == 200
+
+
+def test_a_checkpoint_of_another_training_is_not_used(studies):
+    project = Project(studies)
+    project.training.mkdir(parents=True)
+    (project.training / "checkpoint.safetensors").write_bytes(b"rubbish")
+    assert train(find_cases(studies), LABELS, settings_for(2), project).steps == 2
+
+
+def test_status_of_a_process_that_is_gone_is_interrupted(tmp_path):
+    project = Project(tmp_path)
+    project.write_status(state="running", epoch=3)
+    assert project.status()["state"] == "running"
+    path = project.training / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid": 2**22 + 1}))
+    assert project.status()["state"] == "interrupted"
