@@ -1,0 +1,338 @@
+"""``python -m samadapt.evaluation.bench``: the default recipe beside a U-Net from scratch.
+
+For each data set the cases are split once by patient, with a fixed seed, into labelled and test cases. Three models
+answer for the test cases, on their native grid: the untrained one, the default recipe after a training of so many
+minutes, and a U-Net (:mod:`samadapt.evaluation.unet`) that had the same labels for the same wall-clock seconds, right
+afterwards on the same machine. Our training itself keeps every fourth labelled patient to choose its best round; the
+U-Net trains on all of them.
+
+Everything measured goes to ``bench.json`` as soon as it is known; a later call does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from samadapt import __version__, recipes
+from samadapt.config import AppConfig
+from samadapt.data.cases import Case, find_cases
+from samadapt.data.labels import LabelMap
+from samadapt.data.volume import Volume, write_mask
+from samadapt.errors import ConfigError, InputError, SamAdaptError
+from samadapt.evaluation import bench_report
+from samadapt.evaluation.metrics import dice
+from samadapt.evaluation.unet import train_unet
+from samadapt.files import write_json
+from samadapt.inference.auto import segment
+from samadapt.model import AdaptedModel
+from samadapt.project import Project
+from samadapt.training import train
+from samadapt.training.loop import ROUNDS
+from samadapt.training.slices import read_case
+
+SEED = 0
+"""Of the split; never chosen by its outcome."""
+
+MERGED = "all as one"
+"""Name under which the Dice of all classes together is kept, beside the classes' own."""
+
+UNTRAINED, OURS, UNET = "untrained", "ours", "unet"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One set of the bench.
+
+    Attributes:
+        key: its name on the command line.
+        folder: its folder among the shared data.
+        labels: its classes, in the order of the label values.
+        training: labelled patients (cases, where the patient is unknown).
+        testing: test patients.
+    """
+
+    key: str
+    folder: str
+    labels: LabelMap
+    training: int
+    testing: int
+
+
+SETS = {
+    bench_set.key: bench_set
+    for bench_set in [
+        DataSet("acdc", "acdc_mr", LabelMap(("right ventricle", "myocardium", "left ventricle")), 4, 6),
+        DataSet("busi", "busi_us_2d", LabelMap(("benign lesion", "malignant lesion")), 20, 10),
+        DataSet("hippocampus", "hippocampus_mr", LabelMap(("anterior", "posterior")), 8, 10),
+    ]
+}
+PARTS = tuple(SETS)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled cases for the training, and test cases of other patients."""
+
+    training: list[Case]
+    testing: list[Case]
+
+
+def split_by_patient(cases: Sequence[Case], training: int, testing: int, seed: int = SEED) -> Split:
+    """Draw ``training`` and ``testing`` patients; a case whose patient is unknown is a patient of its own.
+
+    Raises:
+        InputError: there are fewer labelled patients than that.
+    """
+    groups: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.id):
+        if case.label is not None:
+            groups.setdefault(case.patient or f"case {case.id}", []).append(case)
+    if len(groups) < training + testing:
+        raise InputError(f"{len(groups)} labelled patients, where {training} + {testing} are needed")
+    order = random.Random(seed).sample(sorted(groups), training + testing)
+    drawn = [
+        sorted((case for patient in part for case in groups[patient]), key=lambda case: case.id)
+        for part in (order[:training], order[training:])
+    ]
+    return Split(drawn[0], drawn[1])
+
+
+class Records:
+    """The JSON file of all results: one record per measured step, kept with the settings that it depends on.
+
+    Args:
+        path: the file; created by the first result.
+        forget: results whose key starts with one of these are measured again.
+
+    Raises:
+        InputError: the file is not such a record.
+    """
+
+    def __init__(self, path: Path, forget: Sequence[str] = ()) -> None:
+        self._path = path
+        self.value: dict[str, Any] = {"machine": {}, "results": {}}
+        if path.is_file():
+            try:
+                self.value = json.loads(path.read_text(encoding="utf-8"))
+                results = self.value["results"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError("not a file of bench results", where=path, remedy="Remove it.") from error
+            kept = {key: record for key, record in results if key.split("/")[0] not in forget}
+            self.value["results"] = kept
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The result of a step, None where it was not measured."""
+        return self.value["results"].get(key)
+
+    def measure(self, key: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The kept result of ``key`` if it was measured with the same settings, else that of ``run()``."""
+        kept = self.get(key)
+        if kept is not None and kept["settings"] == settings:
+            return kept
+        load = os.getloadavg()[0]
+        record = {"settings": settings, **run(), "load_before": round(load, 1), "command": _command(), "date": _now()}
+        self.value["machine"] = machine()
+        self.value["results"][key] = record
+        write_json(self._path, self.value)
+        return record
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "samadapt": __version__,
+    }
+
+
+def run_set(bench_set: DataSet, shared: Path, minutes: float, output: Path, records: Records) -> None:
+    """Measure the untrained model, ours and the U-Net on one set."""
+    labels, folder = bench_set.labels, output / bench_set.key
+    split = load_split(bench_set, shared)
+    names = {"training": _ids(split.training), "testing": _ids(split.testing)}
+
+    def untrained() -> dict[str, Any]:
+        model = recipes.build(recipes.DEFAULT, labels)
+        return _test(lambda volume: segment(model, volume), split.testing, labels, folder / UNTRAINED)
+
+    def ours() -> dict[str, Any]:
+        trained = _train_ours(split.training, labels, minutes, folder)
+        model = AdaptedModel.load(folder / trained["model"])
+        return trained | _test(lambda volume: segment(model, volume), split.testing, labels, folder / OURS)
+
+    records.measure(f"{bench_set.key}/{UNTRAINED}", names, untrained)
+    result = records.measure(f"{bench_set.key}/{OURS}", names | {"minutes": minutes}, ours)
+    seconds, model_file = float(result["seconds"]), folder / result["model"]
+    records.measure(
+        f"{bench_set.key}/{UNET}",
+        names | {"seconds": seconds},
+        lambda: _unet(split, labels, seconds, model_file, folder),
+    )
+    bench_report.overlay(split.testing, labels, folder, result["cases"], output / f"{bench_set.key}.png")
+
+
+def load_split(bench_set: DataSet, shared: Path) -> Split:
+    """The set's cases, split."""
+    return split_by_patient(find_cases(shared / bench_set.folder), bench_set.training, bench_set.testing)
+
+
+def _train_ours(cases: Sequence[Case], labels: LabelMap, minutes: float, folder: Path) -> dict[str, Any]:
+    """Train from the start with the defaults; where the model lies and what the training says of itself."""
+    project = Project(folder)
+    if project.published() is not None:
+        shutil.rmtree(project.root)  # or the next training would start from that model
+    processor = time.process_time()
+    with tqdm(total=ROUNDS, desc="  ours: training", unit="round") as bar:
+
+        def show(status: dict[str, Any]) -> None:
+            bar.set_postfix_str(status["message"], refresh=False)
+            bar.update(status["epoch"] - bar.n)
+
+        done = train(cases, labels, AppConfig(max_train_minutes=minutes), project, show)
+    info = AdaptedModel.load(done.model).info
+    return {
+        "model": str(done.model.relative_to(folder)),
+        "seconds": round(done.seconds, 1),
+        "cpu_seconds": round(time.process_time() - processor, 1),
+        "steps": done.steps,
+        "recipe": info.recipe.name,
+        "backbone": info.backbone,
+        "image_size": info.image_size,
+        "trained_on": info.training["cases"],
+        "chosen_on": info.training["held_out"],
+    }
+
+
+def _unet(split: Split, labels: LabelMap, seconds: float, ours: Path, folder: Path) -> dict[str, Any]:
+    info = AdaptedModel.load(ours).info
+    if info.window is None:
+        raise InputError("a trained model without a window", where=ours)
+    processor = time.process_time()
+    with tqdm(total=round(seconds), desc="  U-Net: training", unit="s") as bar:
+
+        def show(used: float, steps: int, loss: float) -> None:
+            bar.set_postfix_str(f"step {steps}, loss {loss:.3f}", refresh=False)
+            bar.update(min(bar.total, round(used)) - bar.n)
+
+        slices = folder / "unet-slices"
+        trained = train_unet(split.training, labels, info.window, seconds, slices, info.context, progress=show)
+    shutil.rmtree(slices, ignore_errors=True)
+    about = {
+        "seconds": round(trained.seconds, 1),
+        "cpu_seconds": round(time.process_time() - processor, 1),
+        "steps": trained.steps,
+        "input": list(trained.plan.shape),
+        "parameters": trained.parameters,
+        "trained_on": _ids(split.training),
+        "chosen_on": [],
+    }
+    return about | _test(trained.segment, split.testing, labels, folder / UNET)
+
+
+def _test(
+    segmenter: Callable[[Volume], np.ndarray], cases: Sequence[Case], labels: LabelMap, folder: Path
+) -> dict[str, Any]:
+    """Dice per test case and class (null where a class is in neither mask); the masks are kept in ``folder``."""
+    found: dict[str, dict[str, float | None]] = {}
+    started = time.monotonic()
+    for case in tqdm(cases, desc=f"  {folder.name}: testing", unit="case"):
+        volume, truth, _ = read_case(case, labels)
+        mask = segmenter(volume)
+        write_mask(folder / f"{case.id}.nii.gz", mask, volume.geometry)
+        merged = dice((mask > 0).astype(np.uint8), (truth > 0).astype(np.uint8), LabelMap((MERGED,)))
+        scores = dice(mask, truth, labels) | merged
+        found[case.id] = {name: None if math.isnan(value) else round(value, 4) for name, value in scores.items()}
+    return {"cases": found, "seconds_per_case": round((time.monotonic() - started) / len(cases), 2)}
+
+
+def _ids(cases: Sequence[Case]) -> list[str]:
+    return [case.id for case in cases]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "samadapt.evaluation.bench", *sys.argv[1:]])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _parts(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    return parts
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1440:
+        raise argparse.ArgumentTypeError("minutes of training, above 0, are needed")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m samadapt.evaluation.bench", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--only", type=_parts, default=list(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--minutes", type=_minutes, default=4.0, help="training time of each model on each set")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="where the results go")
+    parser.add_argument("--again", action="store_true", help="measure again what is already in the results")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except SamAdaptError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not options.shared.is_dir():
+        raise ConfigError("no such folder", where=options.shared, remedy="Name the data sets' folder with --shared.")
+    records = Records(options.output / "bench.json", options.only if options.again else ())
+    for key in options.only:
+        print(f"{key}:", flush=True)
+        run_set(SETS[key], options.shared, options.minutes, options.output, records)
+        bench_report.write(records.value, options.output)
+    print((options.output / "bench.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
