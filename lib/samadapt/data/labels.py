@@ -289,7 +289,7 @@ def _sum_by_name(extra: Mapping[int, str], counts: Mapping[int, int]) -> dict[st
 def _count(mask: np.ndarray) -> dict[int, int]:
     """Voxels per value. Counting is many times faster than sorting, but only small values fit into a table."""
     if mask.size and mask.max() < 65536:
-        counts = np.bincount(mask.reshape(-1))
+        counts = np.bincount(mask.ravel(order="K"))
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     present, numbers = np.unique(mask, return_counts=True)
     return {int(value): int(n) for value, n in zip(present, numbers, strict=True)}

@@ -109,15 +109,14 @@ class SliceFrame:
         return (points.reshape(-1, 2).float().flip(-1) + 0.5) * scale - 0.5
 
     def logits_to_native(self, logits: Tensor) -> Tensor:
-        """(C, h, w) that covers the whole frame, at any resolution -> (C, H, W) float32, bilinear.
+        """(C, h, w), finite, that covers the whole frame at any resolution -> (C, H, W) float32, bilinear.
 
         Cells of the padding never reach the slice: positions are clamped to the last cell inside the content.
         """
         content_h, content_w = self.content
-        y = self._positions(self.height, content_h, logits.shape[-2])
-        x = self._positions(self.width, content_w, logits.shape[-1])
-        values = logits.float()
-        return _lerp(_lerp(values, y.to(values.device), dim=-2), x.to(values.device), dim=-1)
+        rows = _interpolation(self._positions(self.height, content_h, logits.shape[-2]), logits.shape[-2])
+        columns = _interpolation(self._positions(self.width, content_w, logits.shape[-1]), logits.shape[-1])
+        return (rows.to(logits.device) @ logits.float()) @ columns.to(logits.device).T
 
     def _positions(self, native: int, content: int, cells: int) -> Tensor:
         """Where the centres of ``native`` pixels lie among ``cells`` cells that cover the frame."""
@@ -182,11 +181,15 @@ def slice_stack(array: np.ndarray, axis: int, index: int, context: int) -> Tenso
     return torch.from_numpy(np.stack(channels).astype(np.float32, copy=False))
 
 
-def _lerp(values: Tensor, positions: Tensor, dim: int) -> Tensor:
-    """Values at fractional ``positions`` (N,) along ``dim``, linear between neighbours."""
-    last = values.shape[dim] - 1
-    lower = positions.floor().long().clamp(0, last)
-    upper = (lower + 1).clamp(max=last)
-    weight = (positions - lower).to(values.dtype)
-    weight = weight.unsqueeze(-1) if dim == -2 else weight
-    return torch.lerp(values.index_select(dim, lower), values.index_select(dim, upper), weight)
+def _interpolation(positions: Tensor, cells: int) -> Tensor:
+    """(N, cells) weights that take values at ``cells`` to fractional ``positions`` (N,), linear between neighbours.
+
+    A product with such a matrix is several times faster than gathering neighbours.
+    """
+    lower = positions.floor().long()
+    weight = (positions - lower).float()
+    matrix = torch.zeros(len(positions), cells)
+    row = torch.arange(len(positions))
+    matrix[row, lower] = 1 - weight
+    matrix[row, (lower + 1).clamp(max=cells - 1)] += weight
+    return matrix
