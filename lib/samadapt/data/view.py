@@ -21,6 +21,7 @@ class ModelView:
         window: the model's intensity window; None takes the volume's default.
         context: see ``ModelInfo.context``.
         size: S, side of the model frame in pixels.
+        native_axis: take slices across this axis of the volume as stored; None takes the acquisition axis.
 
     Attributes:
         turn: from the native grid to the grid of the slices, and back.
@@ -28,10 +29,13 @@ class ModelView:
         frame: maps one slice of the turned grid to the model frame, and back.
     """
 
-    def __init__(self, volume: Volume, window: Window | None, context: int, size: int) -> None:
+    def __init__(
+        self, volume: Volume, window: Window | None, context: int, size: int, native_axis: int | None = None
+    ) -> None:
         self.turn = turn_to_lps(volume.geometry)
-        self.axis = self.turn.turned.acquisition_axis
-        self.frame = SliceFrame.of(self.turn.turned, self.axis, size)
+        turned = self.turn.turned
+        self.axis = turned.acquisition_axis if native_axis is None else int(self.turn.steps[native_axis][0])
+        self.frame = SliceFrame.of(turned, self.axis, size)
         self._context = context
         self._array = (window or default_window(volume)).apply(self.turn.forward(volume.array))
 
