@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from samadapt.config import AppConfig
-from samadapt.errors import InputError
+from samadapt.errors import InputError, StateError
 
 APP_DIR = Path(__file__).resolve().parents[3] / "apps" / "samadapt"
 
@@ -33,6 +34,32 @@ def command(
     for key, value in (conf or {}).items():
         words += ["--conf", key, str(value)]
     return words
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def require_free(host: str, port: int) -> None:
+    """Refuse an address that is taken or is not this machine's, before a server spends seconds to find out.
+
+    Raises:
+        StateError: it cannot be listened on.
+    """
+    if not is_free(host, port):
+        raise StateError(
+            "cannot be listened on: the port is taken, or the host is none of this machine's",
+            where=f"{host}:{port}",
+            remedy="Choose another --port, or stop the program that uses it.",
+        )
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,480 @@
+"""The command ``samadapt``. Every command takes ``--json`` and then writes one JSON object, also for an error.
+
+Imports that take seconds (torch) stand inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer._click.exceptions import ClickException  # typer carries its own click and does not export this base class
+
+from samadapt import __version__
+from samadapt.config import AppConfig, closest
+from samadapt.errors import ConfigError, InputError, SamAdaptError, StateError
+from samadapt.terminal import figure, plain, table, terminal
+
+if TYPE_CHECKING:
+    from samadapt.data.cases import Case
+    from samadapt.data.labels import LabelMap
+    from samadapt.model import AdaptedModel
+    from samadapt.project import Project
+
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+MASK_FORMATS = (".nii.gz", ".nii", ".nrrd", ".png")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Adapt Segment-Anything models to your own images while you label them.",
+    epilog="Start with: samadapt demo",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to standard output, and nothing else there.")]
+Studies = Annotated[Path, typer.Argument(help="Folder with the images, and labels/ or labels/final in it.")]
+Conf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--conf", metavar="KEY=VALUE", help=f"A setting; repeatable. Keys: {', '.join(AppConfig.__annotations__)}."
+    ),
+]
+Model = Annotated[
+    Path | None, typer.Option("--model", help="Model file (default: the studies folder's published model).")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="The backbone's weights file, if not its own.")]
+
+
+def main() -> None:
+    """Run the command line. Errors become one message (or JSON object) and an exit code, never a traceback."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except SamAdaptError as error:
+        _fail(error.to_dict(), str(error), error.exit_code)
+    except ClickException as error:
+        message = error.format_message()
+        _fail({"error": "UsageError", "what": message, "where": None, "remedy": None}, message, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail({"error": "Stopped", "what": "stopped", "where": None, "remedy": None}, "Stopped.", STOPPED)
+    except Exception as error:
+        if os.environ.get("SAMADAPT_DEBUG"):
+            traceback.print_exc()
+        what = f"unexpected {type(error).__name__}: {error}"
+        remedy = "Run again with SAMADAPT_DEBUG=1 and report what it prints."
+        _fail({"error": "Unexpected", "what": what, "where": None, "remedy": remedy}, f"{what}. {remedy}", 1)
+
+
+def _fail(value: dict[str, Any], text: str, code: int) -> None:
+    if "--json" in sys.argv:
+        with terminal(as_json=True) as out:
+            out.result(value)
+    else:
+        print(f"samadapt: {text}", file=sys.stderr)
+        if value["error"] == "UsageError":
+            print("Try: samadapt --help", file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"samadapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Stop the server after the loop.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where data and results go.")] = Path("demo"),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port (default: 8000, or the next free one).")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, max=60, help="Longest training, in minutes.")] = 2.5,
+    as_json: Json = False,
+) -> None:
+    """Play the loop once on sample data: label, train, see it improve. Then keep the server up."""
+    from samadapt.demo import Demo
+
+    with terminal(as_json=as_json) as out, Demo(folder, out, port=port, minutes=minutes) as played:
+        played.loop()
+        if not once:
+            played.stay()
+
+
+@app.command()
+def serve(
+    studies: Annotated[str, typer.Option(help="Folder with the images, or the address of a DICOMweb store.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than 127.0.0.1 are open to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Start the MONAI Label server with the app, until Ctrl-C."""
+    from samadapt.server import launch
+
+    settings = _settings(conf)
+    if not studies.startswith(("http://", "https://")):
+        folder = Path(studies).expanduser().resolve()
+        if not folder.is_dir():
+            raise InputError("no such folder", where=studies, remedy="Name the folder that holds the images.")
+        studies = str(folder)
+    launch.require_free(host, port)
+    words = launch.command(studies, host, port, settings)
+    with terminal(as_json=as_json) as out:
+        out.result({"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words})
+    if as_json:
+        os.dup2(2, 1)  # the server is this very process; its log must not follow the JSON object
+    launch.run(studies, host, port, settings)
+
+
+@app.command()
+def train(
+    studies: Studies,
+    labels: Annotated[
+        str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
+    ] = None,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Learn from every label of a studies folder. A training that was stopped goes on where it was."""
+    settings = _settings(conf)
+    if labels is not None:
+        settings["labels"] = labels
+    config = AppConfig.from_strings(settings)
+    from samadapt.training import train as run
+
+    cases, project = _open(studies)
+    label_map = _label_map(studies, cases, project, config.labels)
+    _refuse_second_training(project)
+    with terminal(as_json=as_json) as out:
+        with out.bar("starting") as update:
+
+            def progress(record: dict[str, Any]) -> None:
+                loss = f", loss {record['loss']:.3f}" if record.get("loss") is not None else ""
+                update(
+                    completed=record["epoch"], total=record["total_epochs"], description=f"{record['message']}{loss}"
+                )
+
+            result = run(cases, label_map, config, project, progress)
+        value = {**plain(result), "labels": label_map.names}
+        rows = [[name, figure(score)] for name, score in result.dice.items()]
+        shown = [table("Dice on the held-out cases", ["structure", "Dice"], rows)] if rows else []
+        ending = f"{result.model}\n{result.steps} steps in {result.seconds:.0f} s; {result.reason}."
+        out.result(value, *shown, ending)
+
+
+@app.command()
+def infer(
+    sources: Annotated[list[Path], typer.Argument(metavar="STUDIES_OR_IMAGE...", help="Folders or image files.")],
+    output: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    model: Model = None,
+    studies: Annotated[Path | None, typer.Option(help="Take the published model of this studies folder.")] = None,
+    structure: Annotated[list[str] | None, typer.Option("--structure", help="Only this one; repeatable.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(MASK_FORMATS)}.")] = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Segment whole images without a prompt; masks are written on each image's own grid."""
+    if form is not None and form not in MASK_FORMATS:
+        raise ConfigError(f"masks are not written as {form!r}", where="--format", remedy=closest(form, MASK_FORMATS))
+    images = _images(sources)
+    file = _model_file(model, [studies] if studies else sources)
+    loaded = _load(file, weights)
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    with terminal(as_json=as_json) as out:
+        with out.bar("starting") as update:
+            for number, (name, path) in enumerate(images.items(), start=1):
+                update(description=f"{name} ({number} of {len(images)})", completed=0)
+                try:
+                    done.append({"id": name, **_infer_one(loaded, name, path, output, form, structure, update)})
+                except InputError as error:
+                    failed.append({"id": name, **error.to_dict()})
+                    out.note(f"{name}: {error}")
+        rows = [[item["id"], str(item["mask"]), str(sum(item["voxels"].values()))] for item in done]
+        shown = [table(f"Masks by {file.name}", ["image", "mask", "voxels"], rows)] if rows else []
+        out.result({"model": file, "labels": loaded.info.labels.to_dict(), "masks": done, "failed": failed}, *shown)
+    if failed:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _infer_one(
+    model: AdaptedModel,
+    name: str,
+    path: Path,
+    output: Path,
+    form: str | None,
+    structures: list[str] | None,
+    update: Callable[..., None],
+) -> dict[str, Any]:
+    from samadapt.data.volume import read_volume, write_mask
+    from samadapt.inference.auto import segment
+
+    volume = read_volume(path)
+    mask = segment(model, volume, structures or None, lambda done, total: update(completed=done, total=total))
+    target = output / f"{name}{form or ('.png' if volume.is_2d else '.nii.gz')}"
+    names = model.info.labels.names
+    write_mask(target, mask, volume.geometry, names=dict(enumerate(names, start=1)))
+    return {"mask": target, "voxels": {label: int((mask == n).sum()) for n, label in enumerate(names, start=1)}}
+
+
+@app.command()
+def evaluate(
+    studies: Studies,
+    model: Model = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also the cases (and patients) that the model learned from.")
+    ] = False,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from."""
+    cases, _ = _open(studies)
+    file = _model_file(model, [studies])
+    loaded = _load(file, weights)
+    chosen = _to_evaluate(cases, loaded, every=every)
+    from samadapt.evaluation.metrics import mean_by_class
+
+    names = loaded.info.labels.names
+    with terminal(as_json=as_json) as out:
+        scores = []
+        with out.bar("starting") as update:
+            for number, case in enumerate(chosen, start=1):
+                update(description=f"{case.id} ({number} of {len(chosen)})", completed=number - 1, total=len(chosen))
+                scores.append(_score(loaded, case))
+        means = {key: mean_by_class([score[key] for score in scores]) for key in ("dice", "hd95_mm")}
+        rows = [
+            [score["case"], name, figure(score["dice"][name]), figure(score["hd95_mm"][name], 2)]
+            for score in [*scores, {"case": "mean", **means}]
+            for name in names
+        ]
+        shown = table(f"{file.name} on {len(scores)} cases", ["case", "structure", "Dice", "HD95 mm"], rows)
+        out.result({"model": file, "cases": scores, "mean": means}, shown)
+
+
+def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
+    from samadapt.evaluation.metrics import dice, hd95
+    from samadapt.inference.auto import segment
+    from samadapt.training.slices import read_case
+
+    labels = model.info.labels
+    volume, truth, report = read_case(case, labels)
+    found = segment(model, volume)
+    return {
+        "case": case.id,
+        "dice": dice(found, truth, labels),
+        "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing),
+        "label": report,
+    }
+
+
+@app.command()
+def recipes(
+    backbone: Annotated[str, typer.Option(help="Count the parameters with this backbone.")] = "lite_medsam",
+    as_json: Json = False,
+) -> None:
+    """The ways to adapt, and how many parameters each one trains."""
+    AppConfig.from_strings({"backbone": backbone})
+    from samadapt import backbones
+    from samadapt import recipes as registry
+
+    found: list[dict[str, Any]] = []
+    for name in registry.names():
+        model = registry.build(name, ["structure"], backbone=backbones.build(backbone))  # random weights: to count
+        trainable = sum(parameter.numel() for parameter in model.trainable().values())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        summary = registry.get(name).summary
+        found.append({"name": name, "summary": summary, "trainable": trainable, "parameters": total})
+    rows = [
+        [r["name"], r["summary"], f"{r['trainable']:,}", f"{100 * r['trainable'] / r['parameters']:.1f}"] for r in found
+    ]
+    with terminal(as_json=as_json) as out:
+        shown = table(f"Recipes, on {backbone}", ["recipe", "what it does", "trains", "% of all"], rows)
+        out.result({"backbone": backbone, "recipes": found}, shown)
+
+
+@app.command()
+def doctor(
+    studies: Annotated[Path | None, typer.Option(help="Also check this studies folder.")] = None,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, weights, device, memory, disk and a studies folder; say how to mend what is wrong."""
+    from samadapt import doctor as checks
+
+    config = AppConfig.from_strings(_settings(conf))
+    with terminal(as_json=as_json) as out:
+        with out.bar("looking") as update:
+            found = checks.examine(config, studies, lambda text: update(description=text))
+        count = {status: sum(check.status == status for check in found) for status in checks.STATUSES}
+        out.result({"checks": found, **count}, *map(_check_line, found), _summary(count))
+    if count["problem"]:
+        raise typer.Exit(1)
+
+
+def _check_line(check: Any) -> str:
+    from rich.markup import escape
+
+    mark = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}[check.status]
+    remedy = f"\n          {escape(check.remedy)}" if check.remedy else ""
+    return f"{mark}   {escape(check.name)}: {escape(check.what)}{remedy}"
+
+
+def _summary(count: dict[str, int]) -> str:
+    return "\n" + ", ".join(f"{n} {status}" for status, n in count.items())
+
+
+def _settings(conf: Iterable[str] | None) -> dict[str, str]:
+    """``["key=value", ...]`` as a dictionary, checked.
+
+    Raises:
+        ConfigError: no ``=``, the same key twice, or what ``AppConfig.from_strings`` refuses.
+    """
+    settings: dict[str, str] = {}
+    for item in conf or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{item!r} is not KEY=VALUE", where="--conf", remedy=f"Write --conf {item}=...")
+        if key.strip() in settings:
+            raise ConfigError(f"{key.strip()!r} is given twice", where="--conf", remedy="Give it once.")
+        settings[key.strip()] = value.strip()
+    AppConfig.from_strings(settings)
+    return settings
+
+
+def _open(studies: Path) -> tuple[list[Case], Project]:
+    from samadapt.data.cases import find_cases
+    from samadapt.project import Project
+
+    cases = find_cases(studies)
+    if not cases:
+        raise InputError("no image found", where=studies, remedy="Name the folder that holds the images.")
+    return cases, Project(studies)
+
+
+def _label_map(studies: Path, cases: Sequence[Case], project: Project, configured: LabelMap | None) -> LabelMap:
+    """What to learn: as given, else labels.json, else the names of the submitted labels, else the published model's.
+
+    Raises:
+        ConfigError: nobody has named the label values.
+    """
+    from samadapt.data.labels import LabelMap
+    from samadapt.model import read_info
+
+    if configured:
+        return configured
+    for path in (studies / "labels.json", project.root / "labels.json"):
+        if path.is_file():
+            return LabelMap.from_json(path)
+    submitted = dict.fromkeys(name for case in cases for _, name in sorted((case.values or {}).items()))
+    if submitted:
+        return LabelMap(tuple(submitted))
+    published = project.published()
+    if published:
+        return read_info(published).labels
+    raise ConfigError(
+        "the label values have no names",
+        where=studies,
+        remedy="Give --labels first,second (in the order of the values 1, 2, ...) or put a labels.json there.",
+    )
+
+
+def _refuse_second_training(project: Project) -> None:
+    status = project.status()
+    if status.get("state") == "running":
+        raise StateError(
+            f"a training of this folder runs already (process {status.get('pid')})",
+            where=project.root,
+            remedy="Wait for its end, or stop it.",
+        )
+
+
+def _images_of(source: Path) -> dict[str, Path]:
+    """Id -> image of one name on the command line: a file, a DICOM series, or a studies folder."""
+    from samadapt.data.cases import find_cases
+    from samadapt.data.dicom import is_dicom
+    from samadapt.data.volume import image_suffix
+
+    if not source.exists():
+        raise InputError("no such file or folder", where=source, remedy="Name an image or a studies folder.")
+    if source.is_file():
+        suffix = image_suffix(source.name)
+        return {source.name[: -len(suffix)] if suffix else source.stem: source}
+    found = {case.id: case.image for case in find_cases(source)}
+    series = not found and any(is_dicom(path) for path in source.iterdir() if path.is_file())
+    return {source.resolve().name: source} if series else found
+
+
+def _images(sources: Sequence[Path]) -> dict[str, Path]:
+    images: dict[str, Path] = {}
+    for source in sources:
+        for name, path in _images_of(source).items():
+            if name in images and images[name] != path:
+                raise InputError(
+                    f"two images are called {name!r}", where=path, remedy="Their masks would have one name: run twice."
+                )
+            images[name] = path
+    if not images:
+        raise InputError("no image found", where=sources[0], remedy="Name images or a folder that holds some.")
+    return images
+
+
+def _model_file(given: Path | None, folders: Sequence[Path]) -> Path:
+    """``given``, else what the first of ``folders`` with a trained model has published."""
+    from samadapt.project import Project
+
+    if given is not None:
+        return given
+    published = (Project(folder).published() for folder in folders if folder.is_dir())
+    found = next((path for path in published if path), None)
+    if found is None:
+        raise StateError(
+            "nothing has been trained there yet", where=folders[0], remedy="Train first, or give --model FILE."
+        )
+    return found
+
+
+def _load(file: Path, weights: Path | None) -> AdaptedModel:
+    """The model, merged, on the device, in eval mode."""
+    import torch
+
+    from samadapt.model import AdaptedModel
+
+    model = AdaptedModel.load(file, weights=weights)
+    model.merge()
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _to_evaluate(cases: Sequence[Case], model: AdaptedModel, *, every: bool) -> list[Case]:
+    """The labelled cases; unless ``every``, without those whose image or patient the model has learned from."""
+    labelled = [case for case in cases if case.label]
+    if not labelled:
+        raise StateError("no case is labelled", remedy="Labels belong into labels/final (or labels/).")
+    if every:
+        return labelled
+    learned = set(model.info.training.get("cases", []))
+    patients = {case.patient for case in cases if case.id in learned and case.patient}
+    chosen = [case for case in labelled if case.id not in learned and case.patient not in patients]
+    if not chosen:
+        raise StateError(
+            f"the model has learned from all {len(labelled)} labelled cases, so there is none to judge it by",
+            remedy="Label another case, or use --all (figures on training cases flatter).",
+        )
+    return chosen
