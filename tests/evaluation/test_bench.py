@@ -70,6 +70,17 @@ def test_wrong_arguments_are_refused(words, capsys):
     assert words[0] in capsys.readouterr().err
 
 
+def test_clicks_come_after_the_sets_whose_models_they_use():
+    assert bench._parts("clicks, busi,acdc") == ["acdc", "busi", "clicks"]
+
+
+def test_a_target_is_one_class_or_all_as_one():
+    truth = np.array([[[0, 1, 2, 3]]])
+    ventricle, lesion = bench.TARGETS[0], bench.TARGETS[1]
+    assert ventricle.mask(truth).tolist() == [[[False, False, False, True]]]
+    assert lesion.mask(truth[..., :3]).tolist() == [[[False, True, True]]]
+
+
 def test_a_missing_data_folder_is_an_error_of_one_line(tmp_path, capsys):
     assert bench.main(["--shared", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -1,10 +1,13 @@
-"""``python -m samadapt.evaluation.bench``: the default recipe beside a U-Net from scratch.
+"""``python -m samadapt.evaluation.bench``: the default recipe beside a U-Net from scratch, and simulated clicks.
 
 For each data set the cases are split once by patient, with a fixed seed, into labelled and test cases. Three models
 answer for the test cases, on their native grid: the untrained one, the default recipe after a training of so many
 minutes, and a U-Net (:mod:`samadapt.evaluation.unet`) that had the same labels for the same wall-clock seconds, right
 afterwards on the same machine. Our training itself keeps every fourth labelled patient to choose its best round; the
 U-Net trains on all of them.
+
+Clicks are simulated (:mod:`samadapt.evaluation.click_simulation`) on the widest slice of one object of each test case,
+for the plain model and for the one that was adapted above, on the same cases.
 
 Everything measured goes to ``bench.json`` as soon as it is known; a later call does only what is missing.
 """
@@ -38,6 +41,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.errors import ConfigError, InputError, SamAdaptError
 from samadapt.evaluation import bench_report
+from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.metrics import dice
 from samadapt.evaluation.unet import train_unet
 from samadapt.files import write_json
@@ -84,7 +88,42 @@ SETS = {
         DataSet("hippocampus", "hippocampus_mr", LabelMap(("anterior", "posterior")), 8, 10),
     ]
 }
-PARTS = tuple(SETS)
+CLICKS = "clicks"
+PARTS = (*SETS, CLICKS)
+
+CLICKED_CASES = 10
+"""Test cases of each set that are clicked on."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is clicked on in one set.
+
+    Attributes:
+        key: of the :class:`DataSet` whose test cases and adapted model are used; any other name has neither, so that
+            all its cases count and only the plain model answers.
+        folder: among the shared data.
+        labels: the set's classes.
+        name: the object: one class, or all as one.
+    """
+
+    key: str
+    folder: str
+    labels: LabelMap
+    name: str
+
+    def mask(self, truth: np.ndarray) -> np.ndarray:
+        """Indices of ``labels`` -> bool, the object."""
+        index = self.labels.find(self.name)
+        return truth > 0 if index is None else truth == index
+
+
+TARGETS = [
+    Target("acdc", SETS["acdc"].folder, SETS["acdc"].labels, "left ventricle"),
+    Target("busi", SETS["busi"].folder, SETS["busi"].labels, "lesion"),
+    Target("hippocampus", SETS["hippocampus"].folder, SETS["hippocampus"].labels, "anterior"),
+    Target("spleen", "spleen_ct_crop", LabelMap(("spleen",)), "spleen"),
+]
 
 
 @dataclass(frozen=True)
@@ -195,6 +234,42 @@ def run_set(bench_set: DataSet, shared: Path, minutes: float, output: Path, reco
     bench_report.overlay(split.testing, labels, folder, result["cases"], output / f"{bench_set.key}.png")
 
 
+def run_clicks(target: Target, shared: Path, output: Path, records: Records) -> None:
+    """Simulate clicks with the plain model and, where the results have one, with the adapted model."""
+    if target.key in SETS:
+        cases = load_split(SETS[target.key], shared).testing[:CLICKED_CASES]
+    else:
+        cases = find_cases(shared / target.folder)
+    settings = {"testing": _ids(cases), "object": target.name}
+
+    def plain() -> dict[str, Any]:
+        return _click(recipes.build(recipes.DEFAULT, target.labels), cases, target, "plain")
+
+    records.measure(f"{CLICKS}/{target.key}/plain", settings, plain)
+    ours = records.get(f"{target.key}/{OURS}")
+    if ours is not None:
+        path = output / target.key / ours["model"]
+        settings = settings | {"trained": ours["date"]}
+        records.measure(
+            f"{CLICKS}/{target.key}/adapted",
+            settings,
+            lambda: _click(AdaptedModel.load(path), cases, target, "adapted"),
+        )
+    elif target.key in SETS:
+        print(f"  no adapted model of {target.key} yet: --only {target.key},{CLICKS} trains one", file=sys.stderr)
+
+
+def _click(model: AdaptedModel, cases: Sequence[Case], target: Target, name: str) -> dict[str, Any]:
+    """Dice after 1, 2, ... clicks of each case, on the slice that shows most of the object."""
+    found: dict[str, list[float]] = {}
+    for case in tqdm(cases, desc=f"  {target.key}, {name}: clicking", unit="case"):
+        volume, truth, _ = read_case(case, target.labels)
+        wanted, axis = target.mask(truth), volume.geometry.acquisition_axis
+        scores = simulate_clicks(model, volume, wanted, axis, widest_slice(wanted, axis))
+        found[case.id] = [round(score, 4) for score in scores]
+    return {"object": target.name, "image_size": model.info.image_size, "cases": found}
+
+
 def load_split(bench_set: DataSet, shared: Path) -> Split:
     """The set's cases, split."""
     return split_by_patient(find_cases(shared / bench_set.folder), bench_set.training, bench_set.testing)
@@ -294,7 +369,7 @@ def _parts(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if unknown := [part for part in parts if part not in PARTS]:
         raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}; there are: {', '.join(PARTS)}")
-    return parts
+    return [part for part in PARTS if part in parts]  # clicks last: they use the models of the sets
 
 
 def _minutes(text: str) -> float:
@@ -329,7 +404,11 @@ def _run(options: argparse.Namespace) -> None:
     records = Records(options.output / "bench.json", options.only if options.again else ())
     for key in options.only:
         print(f"{key}:", flush=True)
-        run_set(SETS[key], options.shared, options.minutes, options.output, records)
+        if key == CLICKS:
+            for target in TARGETS:
+                run_clicks(target, options.shared, options.output, records)
+        else:
+            run_set(SETS[key], options.shared, options.minutes, options.output, records)
         bench_report.write(records.value, options.output)
     print((options.output / "bench.md").read_text(encoding="utf-8"))
 
