@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from required import pytest_configure, pytest_runtest_makereport
+
+__all__ = ["pytest_configure", "pytest_runtest_makereport"]
+
 
 @pytest.fixture
 def one_thread():

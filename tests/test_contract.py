@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 from segment_anything.modeling import Sam
-from tiny import BACKBONES, SIZE
 
 from samadapt import recipes
-from samadapt.adapters.qkv import fuse_attention
 from samadapt.adapters import LoraConfig
+from samadapt.adapters.qkv import fuse_attention
 from samadapt.errors import InputError, StateError
 from samadapt.model import AdaptedModel, read_info
 from samadapt.training.losses import class_loss, prompt_loss
+from tiny import BACKBONES, SIZE
 
 LABELS = ("left", "right", "tumour")
 
@@ -210,9 +210,11 @@ def test_lora_parameter_count_is_sameds():
     with torch.device("meta"):
         from samadapt import backbones
         from samadapt.adapters.lora import adapter_parameters
+
         backbone = backbones.build("sam_vit_b", 256)
     backbone = backbone.to_empty(device="cpu")
     from samadapt.adapters import inject_lora
+
     inject_lora(backbone, LoraConfig(rank=4, alpha=4))
     assert sum(p.numel() for p in adapter_parameters(backbone).values()) == 147_456
 

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monailabel.client import MONAILabelClient
+
 from serving import DATA, Server
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""What one studies folder keeps of its adaptation: models, ledger, training state. All under ``<studies>/.samadapt``."""
+"""What one studies folder keeps of its adaptation, under ``<studies>/.samadapt``: models, ledger, training state."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Recipe:
         """Inverse of ``dataclasses.asdict`` after a way through JSON."""
-        adapter = {key: tuple(v) if isinstance(v, list) else v for key, v in value["adapter"].items()}
+        adapter: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["adapter"].items()}
         return cls(**{**value, "adapter": LoraConfig(**adapter)})
 
 

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -79,6 +80,34 @@ def test_a_target_is_one_class_or_all_as_one():
     ventricle, lesion = bench.TARGETS[0], bench.TARGETS[1]
     assert ventricle.mask(truth).tolist() == [[[False, False, False, True]]]
     assert lesion.mask(truth[..., :3]).tolist() == [[[False, True, True]]]
+
+
+def test_clicks_are_measured_with_the_plain_and_with_the_adapted_model(tmp_path, monkeypatch, capsys):
+    for folder, array in (("images", np.random.default_rng(0).random((9, 8, 5))), ("labels", np.zeros((9, 8, 5)))):
+        array[3:6, 3:6, 2] = 3
+        (tmp_path / "acdc_mr" / folder).mkdir(parents=True)
+        for n in range(10):
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 5, 1])), tmp_path / f"acdc_mr/{folder}/{n}.nii.gz")
+    asked = []
+
+    def simulate(model, volume, truth, axis, index):
+        asked.append((model.name, int(truth.sum()), axis, index))
+        return [0.5, 0.6]
+
+    def model(name):
+        return SimpleNamespace(name=name, info=SimpleNamespace(image_size=64))
+
+    monkeypatch.setattr(bench, "simulate_clicks", simulate)
+    monkeypatch.setattr(bench.recipes, "build", lambda *_: model("plain"))
+    monkeypatch.setattr(bench.AdaptedModel, "load", lambda path: model(path.name))
+    monkeypatch.setattr(bench, "CLICKED_CASES", 2)
+    records = bench.Records(tmp_path / "bench.json")
+    bench.run_clicks(bench.TARGETS[0], tmp_path, tmp_path, records)
+    assert "no adapted model of acdc yet" in capsys.readouterr().err
+    records.measure("acdc/ours", {}, lambda: {"model": "v0001.safetensors"})
+    bench.run_clicks(bench.TARGETS[0], tmp_path, tmp_path, records)
+    assert asked == [("plain", 9, 2, 2)] * 2 + [("v0001.safetensors", 9, 2, 2)] * 2
+    assert bench_report.median_dice(records.get("clicks/acdc/adapted")) == pytest.approx([0.5, 0.6])
 
 
 def test_a_missing_data_folder_is_an_error_of_one_line(tmp_path, capsys):

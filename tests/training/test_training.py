@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BACKBONES, write_studies
 
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
@@ -29,6 +28,7 @@ from samadapt.project import Project
 from samadapt.training import train
 from samadapt.training.ledger import Ledger
 from samadapt.training.slices import SliceSampler, prepare
+from tiny import BACKBONES, write_studies
 
 LABELS = LabelMap(("bright", "dark"))
 TESTS = Path(__file__).resolve().parents[1]

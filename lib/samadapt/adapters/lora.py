@@ -26,7 +26,7 @@ class LoraConfig:
     """
 
     rank: int = 8
-    alpha: float = 8.0
+    alpha: int = 8
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "v")
     blocks: tuple[int, ...] | None = None
@@ -78,7 +78,5 @@ def _chosen(layers: list[AttentionLayer], blocks: tuple[int, ...] | None) -> lis
         return layers
     known = {layer.block for layer in layers}
     if unknown := sorted(set(blocks) - known):
-        raise ConfigError(
-            f"no attention in blocks {unknown}", where="blocks", remedy=f"Choose among {sorted(known)}."
-        )
+        raise ConfigError(f"no attention in blocks {unknown}", where="blocks", remedy=f"Choose among {sorted(known)}.")
     return [layer for layer in layers if layer.block in set(blocks)]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from samadapt.backbones.base import AttentionLayer, Backbone, QKVLayout
+from samadapt.backbones.base import AttentionLayer, Backbone, QKVLayout, QKVPart
 
-PARTS = ("q", "k", "v")
+PARTS: tuple[QKVPart, ...] = ("q", "k", "v")
 
 
 class SplitQKV(nn.Module):
@@ -21,6 +21,10 @@ class SplitQKV(nn.Module):
         fused: Linear (in -> 3 * heads * head_dim).
         layout: which of its output channels are q, k and v.
     """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
 
     def __init__(self, fused: nn.Linear, layout: QKVLayout) -> None:
         super().__init__()
@@ -51,7 +55,9 @@ class SplitQKV(nn.Module):
 
 def split_attention(backbone: Backbone, layer: AttentionLayer) -> None:
     """Replace the fused projection named by ``layer`` by its parts, in place."""
-    backbone.set_submodule(layer.name, SplitQKV(backbone.get_submodule(layer.name), layer.layout))
+    fused = backbone.get_submodule(layer.name)
+    assert isinstance(fused, nn.Linear)
+    backbone.set_submodule(layer.name, SplitQKV(fused, layer.layout))
 
 
 def fuse_attention(backbone: Backbone) -> None:

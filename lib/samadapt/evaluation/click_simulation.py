@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 from scipy import ndimage
 
@@ -77,5 +76,3 @@ def median_by_click(cases: list[list[float]]) -> list[float]:
 def _voxel(pixel: tuple[int, int], axis: int, index: int) -> Voxel:
     i, j, k = pixel_to_voxel(index, *pixel, axis)
     return int(i), int(j), int(k)
-
-

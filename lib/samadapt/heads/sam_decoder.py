@@ -36,7 +36,9 @@ class SamDecoderHead(nn.Module):
         noise = torch.randn(len(source), base.shape[1], generator=torch.Generator().manual_seed(seed))
         tokens = base[source] + INITIAL_NOISE * base.std() * noise.to(base)
         self.class_tokens = nn.Parameter(tokens)
-        self.class_hypernetworks = nn.ModuleList(copy.deepcopy(self.decoder.output_hypernetworks_mlps[i]) for i in source)
+        self.class_hypernetworks = nn.ModuleList(
+            copy.deepcopy(self.decoder.output_hypernetworks_mlps[i]) for i in source
+        )
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         """(B,256,g,g) -> (B,K+1,4g,4g) logits, background first. No prompt is used."""

@@ -1,9 +1,9 @@
 """One object by clicks or a box: in a slice, or carried through the volume.
 
 LiteMedSAM was trained on boxes alone and answers a bare click with nothing. A click therefore becomes a ladder of
-square boxes of growing size around it, decoded in one batch and ranked by the model's own predicted IoU; the winner
-is decoded once more from its own tight box. Clicks that the result does not obey are mended locally, so that a
-correction never throws away what was right elsewhere.
+square boxes of growing size around it, decoded in one batch; each answer's own tight box is decoded again, and the
+model's own predicted IoU ranks what comes out of that. Clicks that the result does not obey are mended locally, so
+that a correction never throws away what was right elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ LADDER = tuple(np.geomspace(6, 110, 11) / 256)
 """Half-sides of the boxes around a click, in parts of the model frame."""
 
 INSIDE, OUTSIDE = 1, 0
+
+SMALLEST_PATCH = 5 / 256
+"""Depth of an error, in parts of the frame, from which the model is asked what it is; slimmer ones are drawn."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -188,8 +191,7 @@ class _Scene:
         return np.array([voxel_to_pixel(voxel, self.view.axis) for voxel in turned])
 
     def _on(self, voxels: Sequence[Voxel], index: int) -> list[Point]:
-        pixels = self._pixels(voxels) if voxels else []
-        here = [pixel[1:] for pixel in pixels if int(pixel[0]) == index]
+        here = [pixel[1:] for pixel in self._pixels(voxels) if int(pixel[0]) == index] if voxels else []
         return [(float(x), float(y)) for x, y in self.view.frame.points_to_model(here)] if here else []
 
     # ---- one slice
@@ -200,15 +202,13 @@ class _Scene:
         return self._mended(found, clicks)
 
     def _from_click(self, clicks: _Clicks) -> Tensor:
-        """The ladder around the first click; further clicks are for mending."""
+        """The ladder around the first click, each answer decoded again from its own box; the best of the second."""
         first = clicks.inside[0]
         start = _Clicks(clicks.index, [first], [])
-        found, iou = self._best(self._ladder(first), start)
-        tight = self._box_of(self._part(found, first))
-        if tight is None:
-            return found
-        again, again_iou = self._best([tight], start)
-        return again if again_iou >= iou and self._has(again, first) else found
+        ladder = self._ladder(first)
+        parts = [self._part(field, first) for field in self._decode(ladder, start)[0]]
+        tight = {box: None for part in parts if (box := self._box_of(part)) is not None}
+        return self._best(list(tight) or ladder, start)[0]
 
     def _ladder(self, click: Point) -> list[Box]:
         halves = [half * self._size for half in LADDER]
@@ -261,26 +261,28 @@ class _Scene:
         return found
 
     def _patch(self, index: int, found: Tensor, click: Point, opposite: list[Point]) -> Tensor:
-        """bool (m,m): the part around ``click`` that the model sees as one thing, within the click's own cell.
+        """bool (m,m): what a correction at ``click`` changes.
 
-        The cell holds the pixels on the click's side of the mask's border, nearer to it than to any opposite click.
-        A model that sees nothing there leaves a disc that reaches half way to the border.
+        Only pixels on the click's side of the mask's border, nearer to it than to any opposite click. A large error is
+        what the model sees there as one thing; a small one, or one it does not see, is the disc up to the border.
         """
         row, column = self._cell(click)
         value = bool(found[row, column] > 0)
         same_side = ((found > 0) == value).numpy()
         depth = float(ndimage.distance_transform_edt(np.pad(same_side, 1))[row + 1, column + 1])
         distance = self._distance(click)
-        nearest = np.ones_like(same_side)
+        free = same_side
         for other in opposite:
-            nearest &= distance < self._distance(other)
-        disc = distance <= max(1.0, depth)
-        own = same_side & nearest & (distance <= 3 * depth)
-        fields, ious = self._decode(self._ladder(click)[:8], _Clicks(index, [click], []))
-        candidates = [(float(iou), self._part(f, click) & own) for f, iou in zip(fields, ious, strict=True)]
-        fitting = [(iou, part) for iou, part in candidates if part[row, column] and part.sum() >= 0.5 * disc.sum()]
-        chosen = max(fitting, key=lambda pair: pair[0])[1] if fitting else disc & same_side & nearest
-        chosen = chosen | (disc & same_side & nearest & (distance <= max(1.0, 0.7 * depth)))
+            free = free & (distance < self._distance(other))
+        disc = free & (distance <= max(1.0, depth))
+        chosen = disc
+        if depth >= SMALLEST_PATCH * self._cells:
+            fields, ious = self._decode(self._ladder(click)[:8], _Clicks(index, [click], []))
+            own = free & (distance <= 2.5 * depth)
+            parts = [(float(iou), self._part(f, click) & own) for f, iou in zip(fields, ious, strict=True)]
+            fitting = [(iou, part) for iou, part in parts if part.sum() >= 0.5 * disc.sum()]
+            chosen = max(fitting, key=lambda pair: pair[0])[1] if fitting else disc
+        chosen = chosen | (disc & (distance <= max(1.0, 0.7 * depth)))
         chosen[row, column] = True
         return torch.from_numpy(chosen)
 

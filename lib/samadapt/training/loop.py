@@ -166,7 +166,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
 
     def _after_step(self, engine: Engine) -> None:
-        progress, loss = self.progress, engine.state.output
+        progress, loss = self.progress, float(engine.state.output or 0.0)
         if not math.isfinite(loss):
             raise StateError(
                 f"the loss became {loss} at step {progress.step}",

@@ -34,6 +34,10 @@ CPU_IMAGE_SIZE = 128
 
 SMALLEST_IMAGE_SIZE = 64
 
+PASSES, LEAST_STEPS = 40, 250
+"""A training shows each labelled slice about so often, and takes at least so many steps: with few labels it ends long
+before the budget, so that the first model comes soon and does not learn its slices by heart."""
+
 STATUS_SECONDS = 1.0
 """Shortest time between two progress records."""
 
@@ -103,9 +107,7 @@ def train(
         raise
 
 
-def _train(
-    cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status
-) -> TrainResult:
+def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status) -> TrainResult:
     if not cases:
         raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
     training, held_out = Ledger(project.ledger).split(cases)
@@ -132,7 +134,7 @@ def _train(
         model,
         prepared[: len(training)],
         prepared[len(training) :],
-        Budget(config.max_train_minutes * 60, config.max_steps),
+        Budget(config.max_train_minutes * 60, _steps(prepared[: len(training)], recipe, config)),
         project.training,
         _fingerprint(prepared, model, config, start),
         log.step,
@@ -221,9 +223,14 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
         )
 
 
+def _steps(training: Sequence[PreparedCase], recipe: recipes.Recipe, config: AppConfig) -> int:
+    labelled = sum(len({index for shown in case.slices_of.values() for index in shown}) for case in training)
+    return min(config.max_steps, max(LEAST_STEPS, PASSES * labelled // recipe.batch_size))
+
+
 def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, config: AppConfig, start: Path | None) -> str:
     """Changes with the slices, the model and the settings, so that only the same training is resumed."""
-    slices = [str(case.images.filename) for case in prepared]
+    slices = [case.key for case in prepared]
     base = sha256_of(start) if start else model.info.weights_sha256
     parts = [slices, model.info.to_json(), config.max_train_minutes, config.max_steps, base]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -45,6 +45,7 @@ class PreparedCase:
 
     Attributes:
         id: case id.
+        key: changes with the files and everything that shaped the slices.
         images: uint8 (N,C,S,S), 255 is 1.0.
         labels: uint8 (N,S,S) model label indices.
         slices_of: class index -> indices of the slices that show it.
@@ -52,6 +53,7 @@ class PreparedCase:
     """
 
     id: str
+    key: str
     images: np.ndarray
     labels: np.ndarray
     slices_of: dict[int, list[int]]
@@ -159,7 +161,7 @@ def _open(case_id: str, stem: Path, context: int) -> PreparedCase:
     images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
     labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
     slices_of = {int(label): indices for label, indices in record["slices_of"].items()}
-    return PreparedCase(case_id, images, labels, slices_of, context)
+    return PreparedCase(case_id, stem.name, images, labels, slices_of, context)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

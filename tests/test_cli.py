@@ -1,0 +1,211 @@
+"""The command line from outside: results, errors, exit codes, and one JSON object wherever --json is given."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samadapt import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["samadapt", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        return (0 if code is None else code), out, err
+
+    return call
+
+
+@pytest.fixture
+def tiny_backbone(monkeypatch, one_thread):
+    """A small random backbone in place of LiteMedSAM, whatever is asked for."""
+    from tiny import BACKBONES
+
+    def load(name, weights=None, image_size=None):
+        backbone = BACKBONES["per_head"]()
+        backbone.weights_sha256 = "0" * 64
+        return backbone
+
+    monkeypatch.setattr("samadapt.backbones.load", load)
+
+
+@pytest.fixture
+def studies(tmp_path):
+    from tiny import write_studies
+
+    folder = tmp_path / "studies"
+    write_studies(folder, 4)
+    return folder
+
+
+QUICK = ["--conf", "image_size=64", "--conf", "max_steps=3"]
+
+
+def test_help_is_light_and_names_every_command():
+    code = (
+        "import sys; sys.argv = ['samadapt', '--help']\n"
+        "from samadapt.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'monai', 'numpy', 'monailabel'} & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+    for command in ("demo", "serve", "train", "infer", "evaluate", "recipes", "doctor"):
+        assert command in done.stdout
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert (code, out.split()[0]) == (0, "samadapt")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["trian"], 2, "Did you mean 'train'"),
+        (["train"], 2, "Missing argument"),
+        (["train", "nowhere"], 2, "no such folder"),
+        (["train", "EMPTY"], 2, "no image found"),
+        (["train", "EMPTY", "--conf", "max_steps"], 2, "not KEY=VALUE"),
+        (["train", "EMPTY", "--conf", "max_step=3"], 2, "Did you mean 'max_steps'"),
+        (["train", "EMPTY", "--conf", "max_steps=3", "--conf", "max_steps=4"], 2, "given twice"),
+        (["train", "EMPTY", "--labels", "a,a"], 2, "same label name twice"),
+        (["infer", "nowhere", "--output", "EMPTY"], 2, "no such file"),
+        (["infer", "EMPTY", "--output", "EMPTY"], 2, "no image found"),
+        (["infer", "EMPTY", "--output", "EMPTY", "--format", ".jpg"], 2, "'.jpg'"),
+        (["evaluate", "nowhere"], 2, "no such folder"),
+        (["serve", "--studies", "nowhere"], 2, "no such folder"),
+        (["serve", "--studies", "EMPTY", "--port", "0"], 2, "--port"),
+        (["serve", "--studies", "EMPTY", "--host", "not.a.host.invalid"], 4, "cannot be listened on"),
+        (["recipes", "--backbone", "sam"], 2, "lite_medsam"),
+        (["doctor", "--conf", "weights=nowhere.pth"], 2, "No such file"),
+        (["demo", "--port", "eighty"], 2, "--port"),
+    ],
+)
+def test_bad_input_is_one_message_and_an_exit_code(run, tmp_path, words, code, part):
+    words = [str(tmp_path) if word == "EMPTY" else word for word in words]
+    found, out, err = run(*words)
+    assert found == code
+    assert out == ""
+    assert part in err
+    assert "Traceback" not in err
+    found, out, _ = run(*words, "--json")
+    assert found == code
+    assert part in json.dumps(json.loads(out), ensure_ascii=False)
+
+
+def test_serve_refuses_a_port_in_use(run, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, _, err = run("serve", "--studies", tmp_path, "--port", other.getsockname()[1])
+    assert code == 4
+    assert "--port" in err
+
+
+def test_serve_becomes_the_server(run, tmp_path, monkeypatch):
+    started = []
+
+    def become(studies, host, port, conf):
+        started.append((studies, host, port, conf))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("samadapt.server.launch.run", become)
+    monkeypatch.setattr("samadapt.server.launch.require_free", lambda host, port: None)
+    code, out, _ = run("serve", "--studies", tmp_path, "--conf", "labels=a,b")
+    assert code == 0
+    assert started == [(str(tmp_path), "127.0.0.1", 8000, {"labels": "a,b"})]
+    assert "http://127.0.0.1:8000" in out
+
+
+def test_unexpected_errors_show_no_traceback(run, tmp_path, monkeypatch):
+    def broken(studies):
+        raise RuntimeError("broken inside")
+
+    monkeypatch.delenv("SAMADAPT_DEBUG", raising=False)
+    monkeypatch.setattr("samadapt.data.cases.find_cases", broken)
+    code, out, err = run("train", tmp_path)
+    assert (code, out) == (1, "")
+    assert "broken inside" in err
+    assert "SAMADAPT_DEBUG" in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_is_no_error_message(run, tmp_path, monkeypatch):
+    def stopped(studies):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("samadapt.data.cases.find_cases", stopped)
+    code, out, err = run("train", tmp_path)
+    assert (code, out, err) == (cli.STOPPED, "", "samadapt: Stopped.\n")
+
+
+def test_train_infer_evaluate(run, studies, tmp_path, tiny_backbone):
+    """The three library commands in turn on tiny data, in JSON and in words."""
+    code, _, err = run("evaluate", studies)
+    assert (code, "nothing has been trained" in err) == (4, True)
+    code, _, err = run("train", studies, *QUICK)
+    assert (code, "--labels" in err) == (2, True)
+
+    code, out, err = run("train", studies, "--labels", "bright,dark", *QUICK, "--json")
+    assert code == 0, err
+    trained = json.loads(out)
+    assert trained["published"]
+    assert trained["labels"] == ["bright", "dark"]
+    assert Path(trained["model"]).is_file()
+
+    code, out, err = run("evaluate", studies, "--json")
+    assert code == 0, err
+    judged = json.loads(out)
+    assert [case["case"] for case in judged["cases"]] == ["case_3"]  # every fourth is held out
+    assert set(judged["mean"]["dice"]) == {"bright", "dark"}
+    code, out, _ = run("evaluate", studies, "--all")
+    assert code == 0
+    assert all(word in out for word in ("case_0", "case_3", "mean", "HD95"))
+
+    (studies / "broken.nii.gz").write_bytes(b"not an image")
+    code, out, err = run("infer", studies, "--output", tmp_path / "masks", "--format", ".nrrd", "--json")
+    found = json.loads(out)
+    assert code == 2
+    assert [item["id"] for item in found["failed"]] == ["broken"]
+    assert {item["id"] for item in found["masks"]} == {f"case_{n}" for n in range(4)}
+    assert all(Path(item["mask"]).is_file() for item in found["masks"])
+
+    image = studies / "case_0.nii.gz"
+    code, out, err = run("infer", image, "--studies", studies, "--output", tmp_path / "one", "--structure", "dark")
+    assert code == 0, err
+    assert (tmp_path / "one" / "case_0.nii.gz").is_file()
+    code, _, err = run("infer", image, "--studies", studies, "--output", tmp_path / "one", "--structure", "drak")
+    assert (code, "bright, dark" in err) == (2, True)
+
+
+def test_a_second_training_of_a_folder_is_refused(run, studies):
+    from samadapt.project import Project
+
+    Project(studies).write_status(state="running", message="training")
+    code, _, err = run("train", studies, "--labels", "bright,dark")
+    assert code == 4
+    assert "runs already" in err
+
+
+def test_recipes(run):
+    code, out, _ = run("recipes", "--json")
+    assert code == 0
+    found = json.loads(out)["recipes"]
+    assert {"lora"} <= {recipe["name"] for recipe in found}
+    assert all(0 < recipe["trainable"] < recipe["parameters"] for recipe in found)

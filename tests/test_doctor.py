@@ -1,0 +1,153 @@
+"""Each thing that can be wrong is found, named, and comes with a remedy."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from samadapt import doctor
+from samadapt.config import AppConfig
+from tiny import write_phantom, write_studies
+
+AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
+
+
+@pytest.fixture
+def studies(tmp_path):
+    """Four labelled phantoms with a label map: nothing to complain about."""
+    folder = tmp_path / "studies"
+    write_studies(folder, 4)
+    (folder / "labels.json").write_text('{"bright": 1, "dark": 2}')
+    return folder
+
+
+def look(studies):
+    """Checks of a studies folder that are not ok, by name."""
+    found = doctor._studies(studies, AppConfig(), lambda text: None)
+    return {check.name: check for check in found if check.status != "ok"}
+
+
+def save_label(studies, case, mask, affine=AFFINE):
+    nib.save(nib.Nifti1Image(mask, affine), studies / "labels" / "final" / f"{case}.nii.gz")
+
+
+def test_this_installation_is_fine():
+    found = doctor.examine(AppConfig())
+    assert {check.name for check in found} >= {
+        "Python",
+        "packages",
+        "weights of lite_medsam",
+        "device",
+        "memory",
+        "disk",
+    }
+    assert [check for check in found if check.status == "problem"] == []
+
+
+def test_every_finding_has_a_remedy(studies):
+    (studies / "broken.nii.gz").write_bytes(b"no image")
+    assert all(check.remedy for check in look(studies).values())
+
+
+def test_sound_studies_are_fine(studies):
+    assert look(studies) == {}
+
+
+def test_missing_and_empty_folders(tmp_path):
+    assert look(tmp_path / "nowhere")["studies"].status == "problem"
+    assert "no image" in look(tmp_path)["studies"].what
+
+
+def test_unreadable_image(studies):
+    (studies / "broken.nii.gz").write_bytes(b"no image")
+    assert look(studies)["broken"].status == "problem"
+
+
+def test_four_dimensions(studies):
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.float32), AFFINE), studies / "movie.nii.gz")
+    assert look(studies)["movie"].status == "problem"
+
+
+def test_label_on_another_grid(studies):
+    save_label(studies, "case_1", np.ones((5, 5, 5), np.uint8))
+    found = look(studies)["case_1"]
+    assert found.status == "problem"
+    assert "grid" in found.what
+
+
+def test_fractional_label(studies):
+    image = nib.load(studies / "case_1.nii.gz")
+    save_label(studies, "case_1", np.full(image.shape, 0.5, np.float32))
+    assert look(studies)["case_1"].status == "problem"
+
+
+def test_empty_label(studies):
+    image = nib.load(studies / "case_1.nii.gz")
+    save_label(studies, "case_1", np.zeros(image.shape, np.uint8))
+    assert (look(studies)["case_1"].status, look(studies)["case_1"].what) == ("warning", "the label is empty")
+
+
+def test_values_without_names(studies):
+    (studies / "labels.json").unlink()
+    assert {check.what for check in look(studies).values()} == {"the label's values have no names"}
+
+
+def test_values_that_the_label_map_lacks(studies):
+    (studies / "labels.json").write_text('["bright"]')
+    found = look(studies)
+    assert found["case_0"].status == "warning"
+    assert "2 (" in found["case_0"].what
+
+
+def test_label_without_an_image(studies):
+    (studies / "case_2.nii.gz").unlink()
+    assert "without an image" in look(studies)["case_2.nii.gz"].what
+
+
+def test_broken_records(studies):
+    (studies / "labels.json").write_text("{")
+    assert look(studies)["records"].status == "problem"
+
+
+def test_interrupted_training(studies):
+    from samadapt.files import write_json
+
+    write_json(
+        studies / ".samadapt" / "training" / "status.json", {"state": "running", "pid": 2**22 + 1, "pid_started": 0}
+    )
+    assert look(studies)["training"].status == "warning"
+
+
+def test_a_large_folder_is_left_in_time(studies, monkeypatch):
+    monkeypatch.setattr(doctor, "STUDIES_SECONDS", -1.0)
+    assert "only 1 of 4" in look(studies)["cases"].what
+
+
+def test_packages_that_are_missing_or_differ(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("# pins\nnumpy==0.0.1  # too old\nno-such-package-at-all\npytest\n")
+    monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "requirements.txt")
+    found = {check.name: check for check in doctor._packages()}
+    assert set(found) == {"numpy", "no-such-package-at-all"}
+    assert "0.0.1 is needed" in found["numpy"].what
+    assert "pip install -r" in found["numpy"].remedy
+
+
+def test_weights_that_are_damaged_or_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMADAPT_CACHE", str(tmp_path))
+    assert doctor._weights(AppConfig(backbone="mobile_sam")).status == "warning"
+    (tmp_path / "mobile_sam.pt").write_bytes(b"cut off")
+    found = doctor._weights(AppConfig(backbone="mobile_sam"))
+    assert found.status == "problem"
+    assert "SHA-256" in found.what
+
+
+def test_labels_with_names_of_their_own(studies):
+    """A submitted label's names count, not the order of labels.json."""
+    write_phantom(studies / "case_9.nii.gz", seed=9)
+    image = nib.load(studies / "case_9.nii.gz")
+    save_label(studies, "case_9", np.full(image.shape, 7, np.uint8))
+    entry = {"info": {"label_info": [{"name": "dark", "idx": 7}]}, "ext": ".nii.gz"}
+    record = {"objects": {"case_9": {"image": {"ext": ".nii.gz"}, "labels": {"final": entry}}}}
+    (studies / "datastore_v2.json").write_text(json.dumps(record))
+    assert look(studies) == {}
