@@ -107,7 +107,7 @@ def test_label_without_an_image(studies):
 
 def test_broken_records(studies):
     (studies / "labels.json").write_text("{")
-    assert look(studies)["records"].status == "problem"
+    assert look(studies)["labels.json"].status == "problem"
 
 
 def test_interrupted_training(studies):

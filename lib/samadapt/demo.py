@@ -42,7 +42,9 @@ ANNOTATED = 6
 JUDGED = 4
 """Volumes that nobody labels; before and after are compared on them."""
 
-START_SECONDS = 180
+START_SECONDS = 600
+"""Generous, for a busy machine; a server that dies is noticed at once."""
+
 POLL_SECONDS = 1.0
 LOG_LINES = 25
 
@@ -128,7 +130,7 @@ class Demo:
             # OSError: the connection broke, mostly because the server died
             message = getattr(error, "msg", None) or str(error)
             raise StateError(
-                f"the server did not do as asked ({message})\n{_end_of(self._run / 'server.log')}\n",
+                f"the server did not do as asked ({message}){_end_of(self._run / 'server.log')}",
                 where=self._run / "server.log",
                 remedy="Run: samadapt doctor",
             ) from error
@@ -478,21 +480,20 @@ def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> No
             return
         time.sleep(0.3)
     raise StateError(
-        f"the server does not answer after {START_SECONDS} s\n{_end_of(log)}\n",
+        f"the server does not answer after {START_SECONDS} s{_end_of(log)}",
         where=log,
         remedy="Run: samadapt doctor",
     )
 
 
 def _died(code: int, log: Path) -> StateError:
-    return StateError(
-        f"the server ended (exit code {code})\n{_end_of(log)}\n", where=log, remedy="Run: samadapt doctor"
-    )
+    return StateError(f"the server ended (exit code {code}){_end_of(log)}", where=log, remedy="Run: samadapt doctor")
 
 
 def _end_of(log: Path) -> str:
+    """The last lines of a log, to stand in an error message."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    return "\n".join(lines[-LOG_LINES:])
+    return "; the end of its log:\n" + "\n".join(lines[-LOG_LINES:]) + "\n" if lines else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from samadapt.config import AppConfig
 from samadapt.errors import SamAdaptError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from samadapt.data.cases import Case
+    from samadapt.data.labels import LabelMap
 
 STATUSES = ("ok", "warning", "problem")
 
@@ -185,27 +193,55 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
 
 
 def _records(studies: Path) -> Iterator[Check]:
-    """What samadapt itself keeps: label map, ledger, progress, published model."""
-    from samadapt.data.labels import LabelMap
-    from samadapt.model import read_info
+    """What samadapt itself keeps: label map, ledger, progress, published model. A broken one hides no other."""
+    for name, look in (
+        ("labels.json", _written_labels),
+        ("ledger", _ledger),
+        ("training", _training),
+        ("model", _model),
+    ):
+        try:
+            yield from look(studies)
+        except SamAdaptError as error:
+            yield Check(name, "problem", f"{error.where}: {error.what}", error.remedy or "")
+
+
+def _written_labels(studies: Path) -> Iterator[Check]:
+    labels = _label_map(studies)
+    if labels:
+        yield Check("labels.json", "ok", ", ".join(labels.names))
+
+
+def _ledger(studies: Path) -> Iterator[Check]:
     from samadapt.project import Project
     from samadapt.training.ledger import Ledger
 
-    project = Project(studies)
-    try:
-        if (studies / "labels.json").is_file():
-            LabelMap.from_json(studies / "labels.json")
-        Ledger(project.ledger)
-        if project.status().get("state") == "interrupted":
-            yield Check(
-                "training", "warning", "the last one was stopped before its end", "Train again: it goes on there."
-            )
-        published = project.published()
-        if published:
-            info = read_info(published)
-            yield Check("model", "ok", f"{published.name} knows {', '.join(info.labels.names)}")
-    except SamAdaptError as error:
-        yield Check("records", "problem", f"{error.where}: {error.what}", error.remedy or "")
+    Ledger(Project(studies).ledger)
+    yield from ()
+
+
+def _training(studies: Path) -> Iterator[Check]:
+    from samadapt.project import Project
+
+    if Project(studies).status().get("state") == "interrupted":
+        yield Check("training", "warning", "the last one was stopped before its end", "Train again: it goes on there.")
+
+
+def _model(studies: Path) -> Iterator[Check]:
+    from samadapt.model import read_info
+    from samadapt.project import Project
+
+    published = Project(studies).published()
+    if published:
+        yield Check("model", "ok", f"{published.name} knows {', '.join(read_info(published).labels.names)}")
+
+
+def _label_map(studies: Path) -> LabelMap | None:
+    """What labels.json in the folder says; None where there is none."""
+    from samadapt.data.labels import LabelMap
+
+    path = studies / "labels.json"
+    return LabelMap.from_json(path) if path.is_file() else None
 
 
 def _orphans(studies: Path, ids: set[str]) -> Iterator[Check]:
@@ -218,24 +254,29 @@ def _orphans(studies: Path, ids: set[str]) -> Iterator[Check]:
             yield Check(path.name, "warning", "a label without an image of that name", "Rename it like its image.")
 
 
-def _cases(studies: Path, cases: list, config: AppConfig, say: Callable[[str], None]) -> Iterator[Check]:
+def _cases(studies: Path, cases: Sequence[Case], config: AppConfig, say: Callable[[str], None]) -> Iterator[Check]:
     """Read image and label of each case, labelled ones first, until the time is up."""
+    labels = config.labels
+    if labels is None:
+        with contextlib.suppress(SamAdaptError):  # a broken labels.json has been reported already
+            labels = _label_map(studies)
     deadline = time.monotonic() + STUDIES_SECONDS
     ordered = sorted(cases, key=lambda case: case.label is None)
     wrong = 0
     for number, case in enumerate(ordered):
         if number and time.monotonic() > deadline:
-            yield Check("cases", "warning", f"only {number} of {len(cases)} were read in {STUDIES_SECONDS:.0f} s")
+            unread = f"only {number} of {len(cases)} were read in {STUDIES_SECONDS:.0f} s"
+            yield Check("cases", "warning", unread, "The others are read, and refused by name, when they are used.")
             break
         say(f"case {number + 1} of {len(cases)}")
-        for check in _case(studies, case, config):
+        for check in _case(case, labels):
             wrong += 1
             yield check
     if not wrong:
         yield Check("cases", "ok", "every image and label that was read can be used")
 
 
-def _case(studies: Path, case, config: AppConfig) -> Iterator[Check]:
+def _case(case: Case, labels: LabelMap | None) -> Iterator[Check]:
     from samadapt.data.volume import read_label, read_volume
 
     try:
@@ -248,22 +289,19 @@ def _case(studies: Path, case, config: AppConfig) -> Iterator[Check]:
         return
     if not label.any():
         yield Check(case.id, "warning", "the label is empty", "Label a structure, or remove the label.")
-    elif case.values is None and config.labels is None and not (studies / "labels.json").is_file():
+    elif case.values is None and labels is None:
         remedy = "Put a labels.json beside the images, or submit the label with label_info."
         yield Check(case.id, "warning", "the label's values have no names", remedy)
     else:
-        yield from _names(studies, case, label, config)
+        yield from _names(case, label, labels)
 
 
-def _names(studies: Path, case, label, config: AppConfig) -> Iterator[Check]:
-    """Values or names that the label map does not have."""
+def _names(case: Case, label: np.ndarray, labels: LabelMap | None) -> Iterator[Check]:
+    """Values or names that the label map does not have; without a label map, values that have no name."""
     from samadapt.data.labels import LabelMap, remap
 
-    written = studies / "labels.json"
-    labels = config.labels or (
-        LabelMap.from_json(written) if written.is_file() else LabelMap(tuple(dict.fromkeys(case.values.values())))
-    )
-    _, report = remap(label, case.values, labels)
+    known = labels or LabelMap(tuple(dict.fromkeys((case.values or {}).values())))
+    _, report = remap(label, case.values, known)
     if report.extra or report.unknown_values:
-        remedy = f"They train as background. The label map: {', '.join(labels.names)}."
+        remedy = f"They train as background. The label map: {', '.join(known.names)}."
         yield Check(case.id, "warning", str(report), remedy)
