@@ -56,7 +56,10 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="The backbone's 
 def main() -> None:
     """Run the command line. Errors become one message (or JSON object) and an exit code, never a traceback."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == STOPPED:  # what typer makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
+        sys.exit(code)
     except SamAdaptError as error:
         _fail(error.to_dict(), str(error), error.exit_code)
     except ClickException as error:
@@ -138,7 +141,7 @@ def serve(
     launch.require_free(host, port)
     words = launch.command(studies, host, port, settings)
     with terminal(as_json=as_json) as out:
-        out.result({"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words})
+        out.result({"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words}, f"http://{host}:{port}")
     if as_json:
         os.dup2(2, 1)  # the server is this very process; its log must not follow the JSON object
     launch.run(studies, host, port, settings)
