@@ -75,7 +75,9 @@ def segment_slice(model: AdaptedModel, volume: Volume, axis: int, index: int, pr
         )
     turned = np.zeros(scene.view.turn.turned.shape, dtype=bool)
     put_slice(turned, scene.view.axis, clicks.index, scene.native(scene.segment(clicks)))
-    return np.ascontiguousarray(take_slice(scene.view.turn.back(turned), axis, index))
+    result = np.ascontiguousarray(scene.view.turn.back(turned))
+    _obey(result, [v for v in prompts.foreground if v[axis] == index], prompts.background)
+    return np.ascontiguousarray(take_slice(result, axis, index))
 
 
 def segment_object(model: AdaptedModel, volume: Volume, prompts: Prompts) -> np.ndarray:
@@ -103,6 +105,7 @@ def segment_object(model: AdaptedModel, volume: Volume, prompts: Prompts) -> np.
     for index, found in fields.items():
         put_slice(result, scene.view.axis, index, scene.native(found))
     result = np.ascontiguousarray(scene.view.turn.back(result))
+    _obey(result, prompts.foreground, prompts.background)
     if prompts.box is not None:
         i0, i1, j0, j1, k0, k1 = prompts.box
         bounded = np.zeros_like(result)
@@ -253,11 +256,11 @@ class _Scene:
         for click in clicks.inside:
             if not self._has(found, click):
                 patch = self._patch(clicks.index, found, click, clicks.outside)
-                found = torch.where(patch, torch.maximum(found, torch.ones_like(found)), found)
+                found = torch.where(patch, found.abs().clamp(min=1), found)
         for click in clicks.outside:
             if self._has(found, click):
                 patch = self._patch(clicks.index, found, click, clicks.inside)
-                found = torch.where(patch, torch.minimum(found, -torch.ones_like(found)), found)
+                found = torch.where(patch, -found.abs().clamp(min=1), found)
         return found
 
     def _patch(self, index: int, found: Tensor, click: Point, opposite: list[Point]) -> Tensor:
@@ -343,6 +346,13 @@ class _Scene:
         width, height = box[2] - box[0], box[3] - box[1]
         grown = [(part * width, part * height) for part in (-0.08, 0.0, 0.06)]
         return [self._cut((box[0] - x, box[1] - y, box[2] + x, box[3] + y)) for x, y in grown]
+
+
+def _obey(mask: np.ndarray, foreground: Sequence[Voxel], background: Sequence[Voxel]) -> None:
+    """The clicked voxels themselves, in place: between the field's cells a correction can get lost."""
+    for voxels, value in ((foreground, True), (background, False)):
+        for voxel in voxels:
+            mask[voxel] = value
 
 
 def _touching(mask: np.ndarray, before: np.ndarray) -> np.ndarray:
