@@ -34,10 +34,6 @@ CPU_IMAGE_SIZE = 128
 
 SMALLEST_IMAGE_SIZE = 64
 
-PASSES, LEAST_STEPS = 40, 250
-"""A training shows each labelled slice about so often, and takes at least so many steps: with few labels it ends long
-before the budget, so that the first model comes soon and does not learn its slices by heart."""
-
 STATUS_SECONDS = 1.0
 """Shortest time between two progress records."""
 
@@ -134,7 +130,7 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
         model,
         prepared[: len(training)],
         prepared[len(training) :],
-        Budget(config.max_train_minutes * 60, _steps(prepared[: len(training)], recipe, config)),
+        Budget(config.max_train_minutes * 60, config.max_steps),
         project.training,
         _fingerprint(prepared, model, config, start),
         log.step,
@@ -221,11 +217,6 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
             f"none of the {len(training)} training cases shows any of {', '.join(labels.names)}",
             remedy="Check the names that the labels were submitted with, or set --conf labels.",
         )
-
-
-def _steps(training: Sequence[PreparedCase], recipe: recipes.Recipe, config: AppConfig) -> int:
-    labelled = sum(len({index for shown in case.slices_of.values() for index in shown}) for case in training)
-    return min(config.max_steps, max(LEAST_STEPS, PASSES * labelled // recipe.batch_size))
 
 
 def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, config: AppConfig, start: Path | None) -> str:
