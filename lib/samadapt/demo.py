@@ -30,6 +30,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Geometry, Volume, read_label, read_volume
 from samadapt.errors import InputError, StateError
 from samadapt.evaluation.metrics import dice, mean, mean_by_class
+from samadapt.project import Project
 from samadapt.server import launch
 from samadapt.terminal import Terminal, figure, table
 
@@ -41,6 +42,9 @@ CASES = 14
 ANNOTATED = 6
 JUDGED = 4
 """Volumes that nobody labels; before and after are compared on them."""
+
+FEW_STEPS = 60
+"""With fewer training steps than this, the masks are poor for want of time, and the demo says so."""
 
 START_SECONDS = 600
 """Generous, for a busy machine; a server that dies is noticed at once."""
@@ -67,6 +71,7 @@ class Outcome:
     boxes: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     training_seconds: float = 0.0
+    training_steps: int = 0
     picture: Path | None = None
     seconds: float = 0.0
 
@@ -178,6 +183,8 @@ class Demo:
 
         say(f"\n4. Training on the {ANNOTATED} labels, at most {self._minutes:g} minutes (POST, then GET /train/):")
         outcome.training_seconds = self._train()
+        outcome.training_steps = int(Project(self._run / "studies").status().get("step", 0))
+        say(f"   {outcome.training_steps} steps, {outcome.training_seconds:.0f} s with start and checks")
 
         say("\n5. The same volumes again:")
         after = {case: self._infer("samadapt", case)[0] for case in outcome.judged}
@@ -275,6 +282,11 @@ class Demo:
             [_spoken(name), figure(outcome.before[name]), figure(outcome.after[name])] for name in self._labels.names
         ]
         rows.append(["mean", figure(mean(outcome.before.values())), figure(mean(outcome.after.values()))])
+        if outcome.training_steps < FEW_STEPS:
+            self._out.note(
+                f"   Only {outcome.training_steps} training steps fitted into {self._minutes:g} minutes: this machine is "
+                "slow or busy. Expect little, or give it more: --minutes 10."
+            )
         title = f"Dice on {len(outcome.judged)} volumes that were never labelled"
         self._out.result(
             outcome,
@@ -359,10 +371,9 @@ def _box(mask: np.ndarray) -> list[int]:
 
 
 def _fullest_slice(mask: np.ndarray) -> int:
-    """The k that shows the most structures, and of those the one with the most voxels."""
-    structures = [len(np.unique(mask[..., k])) for k in range(mask.shape[2])]
-    voxels = [int(np.count_nonzero(mask[..., k])) for k in range(mask.shape[2])]
-    return max(range(mask.shape[2]), key=lambda k: (structures[k], voxels[k]))
+    """The k that shows the most: square roots, so that several structures count more than one large one."""
+    areas = [np.bincount(mask[..., k].reshape(-1), minlength=2)[1:] for k in range(mask.shape[2])]
+    return max(range(mask.shape[2]), key=lambda k: float(np.sqrt(areas[k]).sum()))
 
 
 def _spoken(name: str) -> str:
@@ -380,7 +391,7 @@ def _next_steps(outcome: Outcome) -> list[str]:
     program = str(installed) if installed.is_file() else f"{sys.executable} -m samadapt"
     return [
         "",
-        f"Server:    {outcome.url} (its requests, to try out, on that page); models and progress: {outcome.url}/info/",
+        f"Server:    {outcome.url} (every request, to try out); models and progress: {outcome.url}/info/",
         f"Log:       {outcome.folder / 'server.log'}",
         "OHIF:      not for these volumes. It shows DICOM from a DICOMweb store; NIfTI opens in 3D Slicer.",
         "",
