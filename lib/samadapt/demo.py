@@ -284,8 +284,8 @@ class Demo:
         rows.append(["mean", figure(mean(outcome.before.values())), figure(mean(outcome.after.values()))])
         if outcome.training_steps < FEW_STEPS:
             self._out.note(
-                f"   Only {outcome.training_steps} training steps fitted into {self._minutes:g} minutes: this machine is "
-                "slow or busy. Expect little, or give it more: --minutes 10."
+                f"   The training had only {outcome.training_steps} steps, too few to learn much: "
+                "the machine is slow or busy. Give it more time: --minutes 10."
             )
         title = f"Dice on {len(outcome.judged)} volumes that were never labelled"
         self._out.result(
