@@ -6,9 +6,9 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
-from make_dicom import write_rtstruct, write_stack
 from PIL import Image
 
+from make_dicom import write_rtstruct, write_stack
 from samadapt.data.cases import Case, find_cases
 from samadapt.errors import InputError
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from samadapt.data.labels import LabelMap
 
+from samadapt.data.labels import LabelMap
 from samadapt.errors import InputError
 from samadapt.server import options
 

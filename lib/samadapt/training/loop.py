@@ -185,7 +185,8 @@ class Trainer:
         progress.round = max(progress.round + 1, int(self._used() * ROUNDS))
         scores = self._validate()
         found = mean(scores.values()) if scores else None
-        if found is not None and not math.isnan(found) and (progress.best is None or found > progress.best):
+        # Nothing found yet is no best to wait from: the first Dice above 0 starts the patience.
+        if found is not None and found > (progress.best or 0.0):  # false for NaN, too
             progress.best, progress.best_round = found, progress.round
             self._model.save(self._best)
         record = {"round": progress.round, "step": progress.step, "loss": progress.loss, "dice": scores}
