@@ -24,7 +24,7 @@ def tiny_vit_reference():
 CASES = {
     "sam": (lambda: SamAttention(DIM, HEADS), "fused", (2, SIDE, SIDE, DIM)),
     "tiny_vit_reference": (tiny_vit_reference, "per_head", (2, SIDE * SIDE, DIM)),
-    "tiny_vit": (lambda: Attention(DIM, HEADS, SIDE), "per_head", (2, SIDE * SIDE, DIM)),
+    "tiny_vit": (lambda: Attention(DIM, HEADS, SIDE), "per_head", (2, SIDE, SIDE, DIM)),
 }
 
 

@@ -140,12 +140,13 @@ def test_gradients_reach_image_and_every_encoder_weight():
     assert all(p.grad.isfinite().all() for p in backbone.image_encoder.parameters())
 
 
-def test_gradient_through_attention_is_right():
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (1, 2)])
+def test_gradient_through_attention_is_right(rows, columns):
     """Against numerical differences, the learned bias included."""
     torch.manual_seed(0)
     attention = Attention(dim=4, heads=2, window=2).double()
     nn.init.normal_(attention.attention_biases)
-    tokens = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, rows, columns, 4, dtype=torch.float64, requires_grad=True)
     bias = attention.attention_biases
 
     def call(x, b):

@@ -119,6 +119,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
+        self.window = window
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -126,13 +127,33 @@ class Attention(nn.Module):
         self.register_buffer("attention_bias_idxs", _distance_index(window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(windows, N, dim) -> the same shape, N = window x window tokens."""
-        windows, tokens, dim = x.shape
-        qkv = self.qkv(self.norm(x)).view(windows, tokens, self.heads, 3, dim // self.heads)
+        """(windows, rows, columns, dim) -> the same shape: the upper left part of windows that else hold zeros.
+
+        All zeros of a window have the same key and value, so they are one key here, whose bias is the logarithm of
+        the sum of their exponentials. This is exact, and a window costs no more than the tokens in it.
+        """
+        windows, rows, columns, dim = x.shape
+        tokens, shape = rows * columns, x.shape
+        bias, padding = self._bias(rows, columns)
+        x = x.reshape(windows, tokens, dim)
+        if padding is not None:
+            x = F.pad(x, (0, 0, 0, 1))
+            bias = torch.cat([bias, padding[..., None]], dim=-1)
+        qkv = self.qkv(self.norm(x)).view(windows, -1, self.heads, 3, dim // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
-        bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        return self.proj(x.transpose(1, 2).reshape(windows, tokens, dim))
+        x = F.scaled_dot_product_attention(q[:, :, :tokens], k, v, attn_mask=bias[None].to(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(shape))
+
+    def _bias(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Bias (heads,N,N) among the N tokens of a window, and (heads,N) towards its zeros together (None: no zeros)."""
+        size = self.window
+        if rows == columns == size:
+            return self.attention_biases[:, self.attention_bias_idxs], None
+        inside = torch.zeros(size, size, dtype=torch.bool, device=self.attention_bias_idxs.device)
+        inside[:rows, :columns] = True
+        index = self.attention_bias_idxs[inside.flatten()]
+        bias = self.attention_biases[:, index]
+        return bias[..., inside.flatten()], bias[..., ~inside.flatten()].logsumexp(dim=-1)
 
 
 def _distance_index(window: int) -> Tensor:
@@ -173,15 +194,36 @@ class TinyViTBlock(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        """(B,H,W,dim) -> same; the grid is padded with zeros, before the norm, to whole windows."""
+        """(B,H,W,dim) -> same, in windows from the upper left; those that cross an edge are filled up with zeros.
+
+        The zeros enter before the norm, as in the published models.
+        """
+        strips = []
+        for strip, rows in _cut(tokens, 1, self.window):
+            parts = [self._attend_windows(part, rows, columns) for part, columns in _cut(strip, 2, self.window)]
+            strips.append(_join(parts, 2))
+        return _join(strips, 1)
+
+    def _attend_windows(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """(B,H,W,dim) -> same; H and W are multiples of the windows' ``rows`` and ``columns``."""
         batch, height, width, dim = tokens.shape
-        size = self.window
-        padded = F.pad(tokens, (0, 0, 0, -width % size, 0, -height % size))
-        rows, columns = padded.shape[1] // size, padded.shape[2] // size
-        windows = padded.view(batch, rows, size, columns, size, dim).transpose(2, 3)
-        attended = self.attn(windows.reshape(-1, size * size, dim))
-        attended = attended.view(batch, rows, columns, size, size, dim).transpose(2, 3)
-        return attended.reshape(padded.shape)[:, :height, :width]
+        grid = (height // rows, width // columns)
+        windows = tokens.reshape(batch, grid[0], rows, grid[1], columns, dim).transpose(2, 3)
+        attended = self.attn(windows.reshape(-1, rows, columns, dim))
+        return attended.view(batch, *grid, rows, columns, dim).transpose(2, 3).reshape(tokens.shape)
+
+
+def _cut(tokens: Tensor, dim: int, window: int) -> list[tuple[Tensor, int]]:
+    """The part that holds whole windows and the rest, each with the length of its windows along ``dim``."""
+    length = tokens.shape[dim]
+    whole = length - length % window
+    sizes = [(whole, window), (length - whole, length - whole)]
+    parts = tokens.split([size for size, _ in sizes], dim)
+    return [(part, side) for part, (size, side) in zip(parts, sizes, strict=True) if size]
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class Stage(nn.Module):
