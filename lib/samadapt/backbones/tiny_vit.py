@@ -145,7 +145,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(shape))
 
     def _bias(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-        """Bias (heads,N,N) among the N tokens of a window, and (heads,N) towards its zeros together (None: no zeros)."""
+        """Bias (heads,N,N) among N tokens of a window, and (heads,N) towards all its zeros (None: there are none)."""
         size = self.window
         if rows == columns == size:
             return self.attention_biases[:, self.attention_bias_idxs], None
