@@ -113,6 +113,29 @@ def test_only_declared_parameters_get_gradients_and_change(model, images, labels
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
 
 
+def test_tokens_before_the_first_trainable_block_stay_and_give_the_same_embedding(model, images, labels):
+    before = model.tokens(images)
+    step(model, images, labels)
+    with torch.no_grad():
+        assert torch.equal(model.tokens(images), before)
+        assert torch.equal(model.embed_tokens(before), model.embed(images))
+
+
+@torch.no_grad()
+def test_an_encoder_may_be_cut_before_any_block(layout, images):
+    base = BACKBONES[layout]()
+    for block in range(base.attention_layers()[-1].block + 2):
+        assert torch.equal(base.embed_tokens(base.tokens(images, block), block), base.embed(images))
+
+
+@torch.no_grad()
+def test_a_sam_encoder_in_two_parts_is_the_package_s_own(images):
+    from segment_anything.modeling import ImageEncoderViT
+
+    encoder = BACKBONES["fused"]().image_encoder
+    assert torch.equal(encoder.second_part(encoder.first_part(images, 1), 1), ImageEncoderViT.forward(encoder, images))
+
+
 def test_base_weights_unchanged_after_training(model, layout, images, labels):
     """With the adapter taken out, the encoder is byte for byte the base's."""
     base = BACKBONES[layout]()

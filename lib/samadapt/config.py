@@ -96,7 +96,7 @@ class AppConfig:
         default=None, metadata=_about("checkpoint file to use instead of the backbone's own weights", _file)
     )
     recipe: str = field(
-        default="lora", metadata=_about("how the model adapts: see `samadapt recipes`", _one_of(_recipe_names))
+        default="lora_late", metadata=_about("how the model adapts: see `samadapt recipes`", _one_of(_recipe_names))
     )
     labels: LabelMap | None = field(
         default=None,
@@ -113,7 +113,7 @@ class AppConfig:
         default=8.0, metadata=_about("training stops after so many minutes", _number(0.05, 1440, float))
     )
     max_steps: int = field(
-        default=600,
+        default=1000,
         metadata=_about("training stops after so many optimiser steps, if the time has not run out", _number(1, 10**6)),
     )
 

@@ -18,14 +18,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The temporary name keeps the suffixes of ``path``, because image writers choose the format by suffix.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp.{path.name}")
-    try:
+    with _beside(Path(path)) as temporary:
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+
+
+@contextmanager
+def cache_path(path: str | Path) -> Iterator[Path]:
+    """``atomic_path`` without waiting for the disk, for files that are made again when found damaged."""
+    with _beside(Path(path)) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp.{path.name}")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -121,6 +121,14 @@ class AdaptedModel(nn.Module):
         """(B,3,S,S) in [0,1] -> (B,256,g,g)."""
         return self.backbone.embed(images)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B,3,S,S) in [0,1] -> what enters the first trainable block: no training changes it."""
+        return self.backbone.tokens(images, self.first_trainable_block)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """What ``tokens`` gave -> (B,256,g,g)."""
+        return self.backbone.embed_tokens(tokens, self.first_trainable_block)
+
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """(B,256,g,g) -> (B,K+1,4g,4g), background first, without any prompt."""
         return self.head.class_logits(embeddings, self.backbone.prompt_encoder)

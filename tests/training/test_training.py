@@ -229,7 +229,8 @@ def test_killed_at_five_random_moments_it_resumes_and_ends_with_a_model_that_loa
     assert leftovers == [] or all(name.startswith(".") for name in leftovers)
 
 
-def test_a_resumed_training_goes_on_where_it_was(studies):
+def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
+    monkeypatch.setattr("samadapt.training.loop.PATIENCE", 100)  # or phantoms this easy end it early
     project = Project(studies)
     process = spawn(studies, steps=200)
     checkpoint = project.training / "checkpoint.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,14 +23,15 @@ class LoraConfig:
         alpha: scale of the update; ``alpha == rank`` is SAMed's unscaled form.
         dropout: probability of dropping an input feature of A in training, 0..1.
         targets: which of "q", "k", "v" are adapted.
-        blocks: indices of the adapted encoder blocks; None adapts every block that has attention.
+        blocks: indices of the adapted encoder blocks; "late": those of the encoder's second half; None: every block
+            that has attention.
     """
 
     rank: int = 8
     alpha: int = 8
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "v")
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | Literal["late"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -47,7 +49,7 @@ def inject_lora(backbone: Backbone, config: LoraConfig) -> int:
     Raises:
         ConfigError: ``config.blocks`` names a block without attention.
     """
-    layers = _chosen(backbone.attention_layers(), config.blocks)
+    layers = _chosen(backbone, config.blocks)
     for layer in layers:
         split_attention(backbone, layer)
     prefix = "image_encoder."
@@ -73,10 +75,12 @@ def adapter_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
     return {name: p for name, p in backbone.named_parameters() if "lora_" in name}
 
 
-def _chosen(layers: list[AttentionLayer], blocks: tuple[int, ...] | None) -> list[AttentionLayer]:
+def _chosen(backbone: Backbone, blocks: tuple[int, ...] | Literal["late"] | None) -> list[AttentionLayer]:
+    layers = backbone.attention_layers()
     if blocks is None:
         return layers
     known = {layer.block for layer in layers}
-    if unknown := sorted(set(blocks) - known):
+    chosen = {block for block in known if block >= backbone.late_block} if blocks == "late" else set(blocks)
+    if unknown := sorted(chosen - known):
         raise ConfigError(f"no attention in blocks {unknown}", where="blocks", remedy=f"Choose among {sorted(known)}.")
-    return [layer for layer in layers if layer.block in set(blocks)]
+    return [layer for layer in layers if layer.block in chosen]

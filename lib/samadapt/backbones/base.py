@@ -74,6 +74,25 @@ class PixelNorm(nn.Module):
         return (images * 255.0 - self.mean) / self.std
 
 
+class ImageEncoder(nn.Module):
+    """An image encoder whose blocks run in a row, so that it can be cut before any of them.
+
+    ``second_part(first_part(x, k), k)`` is ``forward(x)`` for every k from 0 to the number of blocks.
+    """
+
+    def first_part(self, x: Tensor, block: int) -> Tensor:
+        """(B,3,S,S) normalised -> the tokens that enter block ``block`` (behind the last one: that enter the neck)."""
+        raise NotImplementedError
+
+    def second_part(self, tokens: Tensor, block: int) -> Tensor:
+        """What ``first_part`` gave -> (B,256,g,g)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,3,S,S) normalised -> (B,256,g,g)."""
+        return self.second_part(self.first_part(x, 0), 0)
+
+
 class Backbone(nn.Module):
     """A SAM-family model: image -> embedding, and the parts that turn embeddings and prompts into masks.
 
@@ -87,6 +106,7 @@ class Backbone(nn.Module):
         image_encoder: (B,3,S,S) normalised -> (B,256,g,g).
         attention: the encoder's attention layers, first to last.
         normalise: (B,3,S,S) in [0,1] -> what the encoder was trained on.
+        late_block: index of the block that begins the encoder's second half.
 
     Attributes:
         weights_sha256: hex SHA-256 of the weights file; empty for random weights.
@@ -100,9 +120,10 @@ class Backbone(nn.Module):
         name: str,
         image_size: int,
         stride: int,
-        image_encoder: nn.Module,
+        image_encoder: ImageEncoder,
         attention: Sequence[AttentionLayer],
         normalise: nn.Module,
+        late_block: int,
     ) -> None:
         super().__init__()
         self.name = name
@@ -125,10 +146,25 @@ class Backbone(nn.Module):
             iou_head_hidden_dim=256,
         )
         self.normalise = normalise
+        self.late_block = late_block
         self._attention = tuple(attention)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B,3,S,S) floating point in [0,1] -> (B,256,g,g). Differentiable.
+
+        Raises:
+            InputError: the images are not floating point, or not (B,3,S,S).
+        """
+        return self.embed_tokens(self.tokens(images, 0), 0)
+
+    def embed_tokens(self, tokens: Tensor, block: int) -> Tensor:
+        """What ``tokens`` gave for ``block`` -> (B,256,g,g). Differentiable."""
+        return self.image_encoder.second_part(tokens, block)
+
+    def tokens(self, images: Tensor, block: int) -> Tensor:
+        """(B,3,S,S) floating point in [0,1] -> the activations that enter block ``block``, batch first.
+
+        ``block`` counts as ``AttentionLayer.block`` does; their number stands for the entry of the neck.
 
         Raises:
             InputError: the images are not floating point, or not (B,3,S,S).
@@ -146,7 +182,7 @@ class Backbone(nn.Module):
                 f"{self.name} takes floating-point images in [0, 1], not {images.dtype}",
                 remedy="Apply the intensity window first (samadapt.data.window).",
             )
-        return self.image_encoder(self.normalise(images))
+        return self.image_encoder.first_part(self.normalise(images), block)
 
     def attention_layers(self) -> list[AttentionLayer]:
         """The encoder's attention layers, first to last."""

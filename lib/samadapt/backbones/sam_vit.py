@@ -15,9 +15,31 @@ from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 
-from samadapt.backbones.base import EMBED_DIM, AttentionLayer, Backbone, PixelNorm, QKVLayout
+from samadapt.backbones.base import EMBED_DIM, AttentionLayer, Backbone, ImageEncoder, PixelNorm, QKVLayout
 
 PATCH = 16
+
+
+class SamViT(ImageEncoderViT, ImageEncoder):
+    """The package's encoder, cut before any block; tokens are (B,g,g,dim)."""
+
+    patch_embed: nn.Module
+    pos_embed: Tensor | None
+    blocks: nn.ModuleList
+    neck: nn.Module
+
+    def first_part(self, x: Tensor, block: int) -> Tensor:
+        tokens = self.patch_embed(x)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        for module in self.blocks[:block]:
+            tokens = module(tokens)
+        return tokens
+
+    def second_part(self, tokens: Tensor, block: int) -> Tensor:
+        for module in self.blocks[block:]:
+            tokens = module(tokens)
+        return self.neck(tokens.permute(0, 3, 1, 2))
 
 
 def build_sam_vit(
@@ -39,7 +61,7 @@ def build_sam_vit(
         global_blocks: indices of the blocks that attend over the whole image; the others attend in windows.
         window: window side in tokens.
     """
-    encoder = ImageEncoderViT(
+    encoder = SamViT(
         img_size=image_size,
         patch_size=PATCH,
         embed_dim=dim,
@@ -61,6 +83,7 @@ def build_sam_vit(
         image_encoder=encoder,
         attention=[AttentionLayer(f"image_encoder.blocks.{i}.attn.qkv", i, dim, layout) for i in range(depth)],
         normalise=PixelNorm(),
+        late_block=depth // 2,
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from samadapt.backbones.base import AttentionLayer, Backbone, PixelNorm, QKVLayout
+from samadapt.backbones.base import AttentionLayer, Backbone, ImageEncoder, PixelNorm, QKVLayout
 
 Stem = Literal["pointwise", "strided"]
 
@@ -234,13 +234,15 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+    def steps(self) -> list[tuple[nn.Module, ...]]:
+        """Its blocks in their order; the merge goes with the last one."""
+        blocks: list[tuple[nn.Module, ...]] = [(block,) for block in self.blocks]
+        if self.downsample is not None:
+            blocks[-1] += (self.downsample,)
+        return blocks
 
 
-class TinyViT(nn.Module):
+class TinyViT(ImageEncoder):
     """TinyViT with SAM's neck: (B,3,S,S) normalised image -> (B,out_channels,g,g).
 
     Args:
@@ -274,6 +276,7 @@ class TinyViT(nn.Module):
             merge = None if i == last else PatchMerging(dim, dims[i + 1], stride=1 if i == last - 1 else 2)
             stages.append(Stage(blocks, merge))
         self.layers = nn.ModuleList(stages)
+        self.late_block = depths[0] + depths[1]
         self.neck = nn.Sequential(
             nn.Conv2d(dims[-1], out_channels, 1, bias=False),
             LayerNorm2d(out_channels),
@@ -281,11 +284,23 @@ class TinyViT(nn.Module):
             LayerNorm2d(out_channels),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def first_part(self, x: Tensor, block: int) -> Tensor:
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-        for stage in self.layers:
-            x = stage(x)
-        return self.neck(x)
+        return _run(self._steps()[:block], x)
+
+    def second_part(self, tokens: Tensor, block: int) -> Tensor:
+        tokens = tokens.contiguous(memory_format=torch.channels_last)
+        return self.neck(_run(self._steps()[block:], tokens))
+
+    def _steps(self) -> list[tuple[nn.Module, ...]]:
+        return [step for stage in self.layers if isinstance(stage, Stage) for step in stage.steps()]
+
+
+def _run(steps: Sequence[Sequence[nn.Module]], x: Tensor) -> Tensor:
+    for step in steps:
+        for module in step:
+            x = module(x)
+    return x
 
 
 def attention_layers(encoder: TinyViT) -> list[AttentionLayer]:
@@ -310,6 +325,7 @@ def build_lite_medsam(image_size: int, **sizes: Any) -> Backbone:
         image_encoder=encoder,
         attention=attention_layers(encoder),
         normalise=nn.Identity(),
+        late_block=encoder.late_block,
     )
 
 
@@ -323,4 +339,5 @@ def build_mobile_sam(image_size: int, **sizes: Any) -> Backbone:
         image_encoder=encoder,
         attention=attention_layers(encoder),
         normalise=PixelNorm(),
+        late_block=encoder.late_block,
     )

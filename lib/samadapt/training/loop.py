@@ -20,7 +20,8 @@ from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
 from samadapt.training import checkpoint
 from samadapt.training.losses import class_loss, prompt_loss
-from samadapt.training.slices import PreparedCase, SliceSampler
+from samadapt.training.slices import Draw, PreparedCase, SliceSampler
+from samadapt.training.tokens import TokenCache
 
 ROUNDS = 20
 """A training is shown to people as so many rounds ("epochs" in the viewers) of equal budget; each ends with a check."""
@@ -106,7 +107,9 @@ class Trainer:
         self._best = folder / "best.safetensors"
         self._fingerprint = fingerprint
         self._report = report
-        self._sampler = SliceSampler(training, model.info.image_size, recipe.batch_size, recipe.seed)
+        size = model.info.image_size
+        self._sampler = SliceSampler(training, size, recipe.batch_size, recipe.seed, recipe.copies)
+        self._tokens = TokenCache(model, self._sampler, folder / "tokens", [*training, *held_out])
         self._parameters = model.trainable()
         self._optimizer = torch.optim.AdamW(_groups(model))
         self._device = next(model.parameters()).device
@@ -142,15 +145,14 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for step in itertools.count(self.progress.step):
-            yield step, *self._sampler.batch(step)
+            yield step, *self._tokens.batch(self._sampler.draws(step))
 
     def _step(self, engine: Engine, batch: tuple[int, Tensor, Tensor]) -> float:
-        step, images, labels = batch
-        images, labels = images.to(self._device), labels.to(self._device)
+        step, tokens, labels = batch
         recipe = self._model.info.recipe
         generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            embeddings = self._model.embed(images)
+            embeddings = self._model.embed_tokens(tokens)
             loss = class_loss(self._model.class_logits(embeddings), labels)
             if recipe.prompt_weight:
                 loss = loss + recipe.prompt_weight * prompt_loss(self._model, embeddings, labels, generator)
@@ -210,7 +212,7 @@ class Trainer:
         if not self._held_out:
             return {}
         self._model.eval()
-        scores = [_frame_dice(self._model, case, self._device) for case in self._held_out]
+        scores = [_frame_dice(self._model, case, self._tokens) for case in self._held_out]
         self._model.train()
         return {name: mean(score[name] for score in scores) for name in self._model.info.labels.names}
 
@@ -243,17 +245,18 @@ def _groups(model: AdaptedModel) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _frame_dice(model: AdaptedModel, case: PreparedCase, device: torch.device) -> dict[str, float]:
+def _frame_dice(model: AdaptedModel, case: PreparedCase, cache: TokenCache) -> dict[str, float]:
     """Dice of each class over the chosen slices of one case together; NaN where a class is in neither mask."""
     count = min(len(case), VALIDATION_SLICES)
     names = model.info.labels.names
-    overlap, total = torch.zeros(len(names)), torch.zeros(len(names))
-    for index in torch.linspace(0, len(case) - 1, count).round().long().tolist():
-        logits = model(case.image(index)[None].to(device))
-        found = logits.argmax(dim=1).cpu()
-        truth = resize_label(case.label(index)[None], found.shape)
+    overlap, total = [0] * len(names), [0] * len(names)
+    indices = torch.linspace(0, len(case) - 1, count).round().long()
+    for chunk in indices.split(model.info.recipe.batch_size):
+        tokens, label = cache.batch([Draw(case, index, None) for index in chunk.tolist()])
+        found = model.class_logits(model.embed_tokens(tokens)).argmax(dim=1)
+        truth = resize_label(label, found.shape)
         for n in range(len(names)):
             a, b = found == n + 1, truth == n + 1
-            overlap[n] += (a & b).sum()
-            total[n] += a.sum() + b.sum()
-    return {name: float(2 * overlap[n] / total[n]) if total[n] else math.nan for n, name in enumerate(names)}
+            overlap[n] += int((a & b).sum())
+            total[n] += int(a.sum() + b.sum())
+    return {name: 2 * overlap[n] / total[n] if total[n] else math.nan for n, name in enumerate(names)}

@@ -39,7 +39,7 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, str]:
     return volume, mask, str(report)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedCase:
     """One case in the model frame, memory-mapped.
 
@@ -101,6 +101,21 @@ def prepare(
     return prepared
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One slice of a batch.
+
+    Attributes:
+        case: where it is from.
+        index: which slice.
+        copy: which of its augmented copies; None is the slice as it is.
+    """
+
+    case: PreparedCase
+    index: int
+    copy: int | None
+
+
 class SliceSampler:
     """Draws augmented batches. Batch n depends on the seed and on n alone, so a resumed training draws the same.
 
@@ -109,30 +124,50 @@ class SliceSampler:
         size: S.
         batch_size: slices per batch.
         seed: of all draws.
+        copies: augmented copies of each slice that there are to draw from; by default practically endless.
     """
 
-    def __init__(self, cases: Sequence[PreparedCase], size: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, cases: Sequence[PreparedCase], size: int, batch_size: int, seed: int, copies: int = 2**31
+    ) -> None:
         self._cases = cases
         self._augment = Augmentation(size)
         self._batch_size = batch_size
         self._seed = seed
+        self._copies = copies
         self._classes = sorted({label for case in cases for label in case.slices_of})
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Images (B,3,S,S) float32 in [0,1] and labels (B,S,S) int64 of step ``number``."""
-        random = np.random.default_rng([self._seed, number])
-        pairs = [self._slice(random) for _ in range(self._batch_size)]
-        return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+        return stack(self.load(draw) for draw in self.draws(number))
 
-    def _slice(self, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def draws(self, number: int) -> list[Draw]:
+        """What batch ``number`` is made of."""
+        random = np.random.default_rng([self._seed, number])
+        return [self._draw(random) for _ in range(self._batch_size)]
+
+    def load(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Image (3,S,S) and label (S,S) of a draw; the same draw is the same image, always."""
+        image, label = draw.case.image(draw.index), draw.case.label(draw.index)
+        if draw.copy is None:
+            return image, label
+        name = f"{self._seed} {draw.case.id} {draw.index} {draw.copy}"
+        return self._augment(image, label, seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+
+    def _draw(self, random: np.random.Generator) -> Draw:
         cases, label = self._cases, None
         if self._classes and random.random() >= ANY_SLICE:
             label = self._classes[random.integers(len(self._classes))]
             cases = [case for case in cases if label in case.slices_of]
         case = cases[random.integers(len(cases))]
         choices = range(len(case)) if label is None else case.slices_of[label]
-        index = choices[random.integers(len(choices))]
-        return self._augment(case.image(index), case.label(index), seed=int(random.integers(2**32)))
+        return Draw(case, int(choices[random.integers(len(choices))]), int(random.integers(self._copies)))
+
+
+def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Images, or what stands for them, and labels, each as one batch."""
+    images, labels = zip(*pairs, strict=True)
+    return torch.stack(images), torch.stack(labels)
 
 
 def _key(case: Case, labels: LabelMap, window: Window, size: int) -> str:
