@@ -25,9 +25,9 @@ def geometry(shape, spacing=(1, 1, 1)):
     [
         ([(38, 50, 40), (33, 56, 41)], (1, 1, 1), (40, 56, 48)),
         ([(200, 200, 100)], (1, 1, 1.5), (64, 64, 64)),
-        ([(256, 256, 10)], (1, 1, 7), (256, 256)),
+        ([(256, 256, 10)], (1, 1, 7), (128, 128)),
         ([(40, 40, 40), (40, 40, 40)], (1, 1, 3), (128, 128)),
-        ([(700, 500, 1)], (1, 1, 1), (256, 256)),
+        ([(700, 500, 1)], (1, 1, 1), (128, 128)),
         ([(100, 90, 5)], (1, 1, 1), (128, 128)),
     ],
 )
@@ -67,7 +67,7 @@ def phantoms(tmp_path):
     ("shape", "spacing", "dimensions"), [((24, 24, 16), (1, 1, 1), 3), ((32, 32, 6), (1, 1, 5), 2)]
 )
 def test_learns_a_phantom_in_few_steps(phantoms, tmp_path, monkeypatch, shape, spacing, dimensions):
-    monkeypatch.setattr(unet, "FRAME_SIZES", (32, 64))
+    monkeypatch.setattr(unet, "FRAME_SIZE", 32)
     monkeypatch.setattr(unet, "LEARNING_RATE", 1e-2)
     monkeypatch.setattr(unet, "time", Clock(steps=50))
     *training, test = phantoms(3, shape, spacing)
