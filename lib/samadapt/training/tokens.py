@@ -59,7 +59,7 @@ class TokenCache:
 
     def _compute(self, draws: Sequence[Draw]) -> dict[Draw, tuple[Tensor, Tensor]]:
         images, labels = stack(self._sampler.load(draw) for draw in draws)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             tokens = self._model.tokens(images.to(self._device)).to(torch.float16).cpu()
         computed = dict(zip(draws, zip(tokens, labels.to(torch.uint8), strict=True), strict=True))
         if self._bytes < LARGEST and shutil.disk_usage(self._folder).free > LEAST_FREE:
