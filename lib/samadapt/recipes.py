@@ -38,8 +38,8 @@ class Recipe:
     summary: str
     adapter: LoraConfig = field(default_factory=LoraConfig)
     context: int = 1
-    learning_rate: float = 1e-3
-    head_learning_rate: float = 3e-4
+    learning_rate: float = 2e-3
+    head_learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
     batch_size: int = 8

@@ -142,6 +142,14 @@ def test_training_learns_publishes_and_reports(studies):
     assert set(np.unique(mask)) <= {0, 1, 2}
 
 
+def test_checks_beyond_their_share_of_the_time_are_left_out_except_the_last(studies, monkeypatch):
+    monkeypatch.setattr("samadapt.training.loop.VALIDATION_SHARE", 0.0)
+    result = train(find_cases(studies), LABELS, settings_for(20), Project(studies))
+    checked = [bool(r["dice"]) for r in read_info(result.model).training["rounds"]]
+    assert len(checked) > 1
+    assert checked == [False] * (len(checked) - 1) + [True]
+
+
 def test_an_untrained_model_finds_nothing(studies):
     from samadapt import recipes
 

@@ -35,6 +35,9 @@ CLIP = 1.0
 VALIDATION_SLICES = 32
 """Slices per held-out case in the check after each round; evenly spread where a case has more."""
 
+VALIDATION_SHARE = 0.1
+"""Share of a training's time for these checks: where they have taken more, a round ends without one. The last never."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -60,6 +63,7 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         seconds: time spent in the loop by earlier processes, and after the end by all of them.
+        checking: seconds of these that went into checks on the held-out cases.
         round: rounds done.
         best: best mean held-out Dice so far (None: nothing held out, or no round done).
         best_round: the round that reached it.
@@ -69,6 +73,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    checking: float = 0.0
     round: int = 0
     best: float | None = None
     best_round: int = 0
@@ -185,7 +190,8 @@ class Trainer:
     def _finish_round(self) -> None:
         progress = self.progress
         progress.round = max(progress.round + 1, int(self._used() * ROUNDS))
-        scores = self._validate()
+        due = progress.checking < VALIDATION_SHARE * self._seconds() or self._used() >= 1
+        scores = self._validate() if due else {}
         found = mean(scores.values()) if scores else None
         # Nothing found yet is no best to wait from: the first Dice above 0 starts the patience.
         if found is not None and found > (progress.best or 0.0):  # false for NaN, too
@@ -211,9 +217,11 @@ class Trainer:
         """Mean Dice of each class over the held-out cases, in the model frame, on a few slices: quick, for choosing."""
         if not self._held_out:
             return {}
+        started = time.monotonic()
         self._model.eval()
         scores = [_frame_dice(self._model, case, self._tokens) for case in self._held_out]
         self._model.train()
+        self.progress.checking += time.monotonic() - started
         return {name: mean(score[name] for score in scores) for name in self._model.info.labels.names}
 
     def _seconds(self) -> float:
