@@ -50,6 +50,14 @@ def test_boxes_stay_in_the_frame_and_touch_the_object(masks, seed):
         assert rows.min() <= y1 + 1
 
 
+def test_a_pixel_in_the_last_corner_has_a_box():
+    masks = torch.zeros(200, SIZE, SIZE, dtype=torch.bool)
+    masks[:, -1, -1] = True
+    boxes = sample_prompts(masks, seeded(0)).boxes
+    assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+    assert (boxes <= SIZE - 1).all()
+
+
 def test_same_seed_same_prompts():
     first, second = (sample_prompts(square_masks(), seeded(7)) for _ in range(2))
     assert torch.equal(first.points, second.points)

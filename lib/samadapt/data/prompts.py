@@ -120,8 +120,8 @@ def _loose_boxes(tight: Tensor, clicks: Tensor, draw: _Draw) -> Tensor:
 def _inside(boxes: Tensor, shape: torch.Size) -> Tensor:
     """Boxes cut to the frame, each at least one pixel wide and high."""
     limit = torch.tensor([shape[2] - 1, shape[1] - 1], dtype=boxes.dtype, device=boxes.device)
-    low = torch.minimum(boxes[:, :2].clamp(min=0), limit)
-    high = torch.maximum(torch.minimum(boxes[:, 2:], limit), torch.minimum(low + 1, limit))
+    low = torch.minimum(boxes[:, :2], limit - 1).clamp(min=0)
+    high = torch.maximum(torch.minimum(boxes[:, 2:], limit), low + 1)
     return torch.cat([low, high], dim=1)
 
 
