@@ -132,8 +132,8 @@ class Attention(nn.Module):
         All zeros of a window have the same key and value, so they are one key here, whose bias is the logarithm of
         the sum of their exponentials. This is exact, and a window costs no more than the tokens in it.
         """
-        windows, rows, columns, dim = x.shape
-        tokens, shape = rows * columns, x.shape
+        windows, rows, columns, dim = shape = x.shape
+        tokens = rows * columns
         bias, padding = self._bias(rows, columns)
         x = x.reshape(windows, tokens, dim)
         if padding is not None:
@@ -181,7 +181,6 @@ class TinyViTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
-        self.window = window
         self.attn = Attention(dim, heads, window)
         self.local_conv = ConvNorm(dim, dim, kernel=3, groups=dim)
         self.mlp = Mlp(dim)
@@ -199,8 +198,8 @@ class TinyViTBlock(nn.Module):
         The zeros enter before the norm, as in the published models.
         """
         strips = []
-        for strip, rows in _cut(tokens, 1, self.window):
-            parts = [self._attend_windows(part, rows, columns) for part, columns in _cut(strip, 2, self.window)]
+        for strip, rows in _cut(tokens, 1, self.attn.window):
+            parts = [self._attend_windows(part, rows, columns) for part, columns in _cut(strip, 2, self.attn.window)]
             strips.append(_join(parts, 2))
         return _join(strips, 1)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from monai.transforms import (
     Compose,
+    MapTransform,
     RandAdjustContrastd,
     RandAffined,
     RandGaussianNoised,
@@ -16,6 +17,16 @@ from monai.transforms import (
 from torch import Tensor
 
 IMAGE, LABEL = "image", "label"
+
+
+def intensity_changes() -> list[MapTransform]:
+    """Random changes of contrast, brightness and noise of ``IMAGE``, values in [0,1], in 2D or 3D."""
+    return [
+        RandAdjustContrastd(IMAGE, prob=0.5, gamma=(0.7, 1.5)),
+        RandScaleIntensityd(IMAGE, factors=0.2, prob=0.5),
+        RandShiftIntensityd(IMAGE, offsets=0.1, prob=0.5),
+        RandGaussianNoised(IMAGE, prob=0.3, std=0.05),
+    ]
 
 
 class Augmentation:
@@ -38,10 +49,7 @@ class Augmentation:
                     mode=("bilinear", "nearest"),
                     padding_mode="zeros",
                 ),
-                RandAdjustContrastd(IMAGE, prob=0.5, gamma=(0.7, 1.5)),
-                RandScaleIntensityd(IMAGE, factors=0.2, prob=0.5),
-                RandShiftIntensityd(IMAGE, offsets=0.1, prob=0.5),
-                RandGaussianNoised(IMAGE, prob=0.3, std=0.05),
+                *intensity_changes(),
             ]
         )
 

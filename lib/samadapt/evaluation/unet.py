@@ -25,16 +25,13 @@ from monai.networks.layers import Norm
 from monai.networks.nets import BasicUNet, UNet
 from monai.transforms import (
     Compose,
-    RandAdjustContrastd,
     RandAffined,
     RandCropByLabelClassesd,
-    RandGaussianNoised,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
     SpatialPadd,
 )
 from torch import Tensor, nn
 
+from samadapt.data.augment import IMAGE, LABEL, intensity_changes
 from samadapt.data.cases import Case
 from samadapt.data.geometry import Geometry, turn_to_lps
 from samadapt.data.labels import LabelMap
@@ -61,7 +58,6 @@ LEARNING_RATE = 3e-3
 WARMUP = 0.05
 BATCH_2D, BATCH_3D = 8, 2
 CHANNELS_2D, CHANNELS_3D = (16, 16, 32, 64, 128, 16), (16, 32, 64, 128)
-IMAGE, LABEL = "image", "label"
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,7 @@ def _upright(case: Case, labels: LabelMap, window: Window) -> dict[str, Tensor]:
 
 
 def _augmentation(shape: tuple[int, ...], classes: int) -> Compose:
-    """The changes of ``samadapt.data.augment``, in 3D."""
+    """The changes of ``samadapt.data.augment``, in 3D, on random crops."""
     return Compose(
         [
             SpatialPadd((IMAGE, LABEL), spatial_size=shape),
@@ -252,10 +248,7 @@ def _augmentation(shape: tuple[int, ...], classes: int) -> Compose:
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
-            RandAdjustContrastd(IMAGE, prob=0.5, gamma=(0.7, 1.5)),
-            RandScaleIntensityd(IMAGE, factors=0.2, prob=0.5),
-            RandShiftIntensityd(IMAGE, offsets=0.1, prob=0.5),
-            RandGaussianNoised(IMAGE, prob=0.3, std=0.05),
+            *intensity_changes(),
         ]
     )
 

@@ -51,10 +51,10 @@ class TokenCache:
 
     def batch(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """Tokens (B,...) in the device's working precision and labels (B,S,S) int64, both on the model's device."""
-        found = {draw: self._read(draw) for draw in draws}
-        if missing := [draw for draw, pair in found.items() if pair is None]:
+        found = {draw: pair for draw in draws if (pair := self._read(draw)) is not None}
+        if missing := [draw for draw in dict.fromkeys(draws) if draw not in found]:
             found |= self._compute(missing)
-        tokens, labels = stack(pair for draw in draws if (pair := found[draw]) is not None)
+        tokens, labels = stack(found[draw] for draw in draws)
         return tokens.to(self._device).float(), labels.to(self._device).long()
 
     def _compute(self, draws: Sequence[Draw]) -> dict[Draw, tuple[Tensor, Tensor]]:
