@@ -566,6 +566,11 @@ def test_values_up_to_65535(tmp_path, name, top):
     assert values.dtype == (np.uint8 if top == 255 else np.uint16)
 
 
+def test_a_uint16_mask_stays_one(tmp_path):
+    write_mask(tmp_path / "m.nii.gz", LABEL.astype(np.uint16), Geometry(SHAPE, AFFINE))
+    assert nib.load(tmp_path / "m.nii.gz").get_data_dtype() == np.uint16
+
+
 def test_boolean_mask(tmp_path):
     write_mask(tmp_path / "m.nii.gz", LABEL > 0, Geometry(SHAPE, AFFINE))
     np.testing.assert_array_equal(read_label(tmp_path / "m.nii.gz"), LABEL > 0)

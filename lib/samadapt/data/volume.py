@@ -136,7 +136,8 @@ def write_mask(
 
     Args:
         path: ``.nii.gz``, ``.nii``, ``.nrrd`` (a plain labelmap, in LPS, i fastest) or, for one slice, ``.png``.
-        mask: (I, J, K) of whole numbers from 0 to 65535; stored as uint8, or as uint16 where values exceed 255.
+        mask: (I, J, K) of whole numbers from 0 to 65535; stored as uint8, or as uint16 where it is that already or its
+            values exceed 255.
         names: label value -> name, stored in the header of NRRD (key ``label_names``) and NIfTI (a comment).
         compress: NRRD only: gzip, or the raw bytes that OHIF reads.
 
@@ -414,7 +415,7 @@ def _refuse_lossy(path: Path) -> None:
 def _storable(mask: np.ndarray, path: Path) -> np.ndarray:
     if mask.dtype.kind not in "bui" or mask.min() < 0 or mask.max() > 65535:
         raise InputError("a mask holds whole numbers from 0 to 65535", where=path)
-    return mask.astype(np.uint8 if mask.max() <= 255 else np.uint16)
+    return mask.astype(np.uint16 if mask.dtype == np.uint16 or mask.max() > 255 else np.uint8, copy=False)
 
 
 # Writing
