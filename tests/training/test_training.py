@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import signal
@@ -22,6 +23,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError, StateError
+from samadapt.files import sha256_of
 from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
@@ -47,7 +49,7 @@ def studies(tmp_path):
 def tiny_backbone(monkeypatch):
     def load(name, weights=None, image_size=None):
         backbone = BACKBONES["per_head"]()
-        backbone.weights_sha256 = "0" * 64
+        backbone.weights_sha256 = "0" * 64 if weights is None else sha256_of(weights)
         return backbone
 
     monkeypatch.setattr("samadapt.backbones.load", load)
@@ -167,6 +169,39 @@ def test_a_worse_candidate_is_not_published(studies, monkeypatch):
     assert "worse" in second.reason
     assert project.published() == first.model
     assert second.model.is_file()
+
+
+@pytest.fixture
+def own_weights(tmp_path):
+    path = tmp_path / "own.pth"
+    path.write_bytes(b"weights of a hospital's own")
+    return path
+
+
+def test_a_second_training_on_own_weights_is_compared_with_the_first(studies, own_weights):
+    config = dataclasses.replace(settings_for(4), weights=own_weights)
+    first, second = (train(find_cases(studies), LABELS, config, Project(studies)) for _ in range(2))
+    assert f"{first.model.stem} has" in second.reason
+
+
+def test_a_training_on_other_weights_starts_anew_and_is_compared(studies, own_weights, monkeypatch):
+    """An adapter belongs to the base that it was trained on."""
+    first = train(find_cases(studies), LABELS, settings_for(4), Project(studies))
+    started = []
+    load = AdaptedModel.load_trained
+    monkeypatch.setattr(AdaptedModel, "load_trained", lambda self, path: started.append(path) or load(self, path))
+    config = dataclasses.replace(settings_for(4), weights=own_weights)
+    second = train(find_cases(studies), LABELS, config, Project(studies))
+    assert started[0] != first.model
+    assert f"{first.model.stem} has" in second.reason
+
+
+def test_a_model_whose_base_is_gone_gives_way(studies, own_weights):
+    config = dataclasses.replace(settings_for(4), weights=own_weights)
+    train(find_cases(studies), LABELS, config, Project(studies))
+    second = train(find_cases(studies), LABELS, settings_for(4), Project(studies))
+    assert second.published
+    assert "base weights" in second.reason
 
 
 def test_nothing_labelled_is_refused(studies):

@@ -19,11 +19,11 @@ from samadapt.data.cases import Case
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window, choose_window
-from samadapt.errors import SamAdaptError, StateError
+from samadapt.errors import SamAdaptError, StateError, WeightsError
 from samadapt.evaluation.metrics import dice, mean, mean_by_class
 from samadapt.files import sha256_of
 from samadapt.inference.auto import segment
-from samadapt.model import AdaptedModel, read_info
+from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
@@ -114,8 +114,10 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
     if config.context is not None:
         recipe = dataclasses.replace(recipe, context=config.context)
     plan = _plan(training, labels, config)
-    start = _starting_point(project, labels, recipe, config, plan)
-    model = _model(labels, recipe, config, plan, start)
+    model = _model(labels, recipe, config, plan)
+    start = _starting_point(project, model)
+    if start is not None:
+        model.load_trained(start)
     prepared = prepare(
         [*training, *held_out],
         labels,
@@ -139,7 +141,7 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
     log.phase("measuring on the held-out cases")
     scores = _native_dice(model, held_out, labels)
     candidate = _save(model, project, training, held_out, done, scores)
-    published, reason = _gate(candidate, scores, held_out, labels, project)
+    published, reason = _gate(candidate, scores, held_out, labels, config, project)
     trainer.forget()
     log.end("done", reason, dice=scores, published=published, model=candidate.name)
     return TrainResult(candidate, published, reason, scores, done.step, done.seconds)
@@ -189,26 +191,22 @@ def _image_size(side: int, backbone: str) -> int:
     return min(largest, max(SMALLEST_IMAGE_SIZE, -(-side // 32) * 32))
 
 
-def _starting_point(
-    project: Project, labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan
-) -> Path | None:
-    """The published model, if it was built as this one will be."""
+def _model(labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan) -> AdaptedModel:
+    model = recipes.build(recipe, labels, config.backbone, config.weights, plan.image_size)
+    model.describe(window=plan.window, context=recipe.context)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
+    """The published model, if it was built as ``model`` is."""
     published = project.published()
     if published is None:
         return None
-    info = read_info(published)
-    same = (info.recipe, info.labels, info.backbone, info.image_size, info.context)
-    return published if same == (recipe, labels, config.backbone, plan.image_size, recipe.context) else None
 
+    def build(info: ModelInfo) -> tuple[Any, ...]:
+        return info.recipe, info.labels, info.backbone, info.weights_sha256, info.image_size, info.context
 
-def _model(
-    labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan, start: Path | None
-) -> AdaptedModel:
-    model = recipes.build(recipe, labels, config.backbone, config.weights, plan.image_size)
-    model.describe(window=plan.window, context=recipe.context)
-    if start is not None:
-        model.load_trained(start)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return published if build(read_info(published)) == build(model.info) else None
 
 
 def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
@@ -260,20 +258,38 @@ def _save(
 
 
 def _gate(
-    candidate: Path, scores: dict[str, float], held_out: Sequence[Case], labels: LabelMap, project: Project
+    candidate: Path,
+    scores: dict[str, float],
+    held_out: Sequence[Case],
+    labels: LabelMap,
+    config: AppConfig,
+    project: Project,
 ) -> tuple[bool, str]:
     """Publish unless the published model, with the same labels, is better on the same held-out cases."""
     current = project.published()
     reason = "published: the first model" if current is None else "published: nothing is held out to compare on yet"
     if current is not None and held_out and read_info(current).labels == labels:
-        before = mean(_native_dice(AdaptedModel.load(current), held_out, labels).values())
-        after = mean(scores.values())
-        figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
-        if after < before:
-            return False, f"not published, it is worse: {figures}"
-        reason = f"published: {figures}"
+        rival = _load_on_its_base(current, config)
+        if rival is None:
+            reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
+        else:
+            before, after = mean(_native_dice(rival, held_out, labels).values()), mean(scores.values())
+            figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
+            if after < before:
+                return False, f"not published, it is worse: {figures}"
+            reason = f"published: {figures}"
     project.publish(candidate)
     return True, reason
+
+
+def _load_on_its_base(path: Path, config: AppConfig) -> AdaptedModel | None:
+    """A model of this project on the configured weights, else on its backbone's own; None if it fits neither."""
+    for weights in dict.fromkeys((config.weights, None)):
+        try:
+            return AdaptedModel.load(path, weights)
+        except WeightsError:
+            continue
+    return None
 
 
 class _Status:
