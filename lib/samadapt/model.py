@@ -40,6 +40,7 @@ class ModelInfo:
             slice itself three times.
         window: intensity window; None for a model that has seen no data (each volume then gets its default).
         trained: whether it has learned ``labels`` from any case.
+        answers_prompts: whether it answers clicks and boxes at least as well as its base does; else the base should.
         training: what it learned from: case ids, steps, seconds, figures. Free-form, JSON.
     """
 
@@ -51,6 +52,7 @@ class ModelInfo:
     context: int = 0
     window: Window | None = None
     trained: bool = False
+    answers_prompts: bool = True
     training: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -66,6 +68,7 @@ class ModelInfo:
             "context": self.context,
             "window": self.window.to_dict() if self.window else None,
             "trained": self.trained,
+            "answers_prompts": self.answers_prompts,
             "training": self.training,
         }
         return json.dumps(value)
@@ -90,6 +93,7 @@ class ModelInfo:
                 context=int(value["context"]),
                 window=Window.from_dict(value["window"]) if value["window"] else None,
                 trained=bool(value["trained"]),
+                answers_prompts=bool(value.get("answers_prompts", True)),
                 training=dict(value["training"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -168,6 +168,10 @@ class Fake:
     def __init__(self, source):
         self.source = source
 
+    @property
+    def info(self):
+        return SimpleNamespace(answers_prompts=self.source != "plain" and self.source.stem == "v0002")
+
     def merge(self):
         pass
 
@@ -203,6 +207,23 @@ def test_models_load_once_and_again_when_another_version_is_published(tmp_path, 
         assert cache.current().version == version
         assert cache.current() is cache.current()
     assert [getattr(source, "stem", source) for source in loads] == ["plain", "v0001", "v0002"]
+
+
+def test_clicks_are_answered_by_the_plain_model_where_a_training_found_it_better(tmp_path, monkeypatch):
+    """``Fake`` says so of every version but v0002."""
+    monkeypatch.setattr(models.recipes, "build", lambda *arguments: Fake("plain"))
+    monkeypatch.setattr(models.AdaptedModel, "load", lambda source, **options: Fake(source))
+    monkeypatch.setattr(models, "read_info", lambda path: SimpleNamespace(backbone="lite_medsam"))
+    project = Project(tmp_path)
+    project.models.mkdir(parents=True)
+    cache = models.Models(AppConfig(), project)
+    for version, answering in (("v0001", models.PLAIN), ("v0002", "v0002"), ("v0003", models.PLAIN)):
+        path = project.models / f"{version}.safetensors"
+        path.write_bytes(b"")
+        project.publish(path)
+        assert cache.prompted().version == answering
+        assert cache.current().version == version
+    assert cache.prompted() is cache.prompted()
 
 
 def test_images_stay_in_memory_until_their_file_changes(tmp_path, image):

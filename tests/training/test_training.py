@@ -163,12 +163,28 @@ def test_a_worse_candidate_is_not_published(studies, monkeypatch):
     project = Project(studies)
     first = train(find_cases(studies), LABELS, settings_for(40), project)
     scores = iter([{"bright": 0.2, "dark": 0.2}, {"bright": 0.5, "dark": 0.5}])
-    monkeypatch.setattr("samadapt.training.run._native_dice", lambda *args: next(scores))
+    for module in ("run", "gate"):
+        monkeypatch.setattr(f"samadapt.training.{module}.mean_dice", lambda *args: next(scores))
     second = train(find_cases(studies), LABELS, settings_for(2), project)
     assert not second.published
     assert "worse" in second.reason
     assert project.published() == first.model
     assert second.model.is_file()
+
+
+@pytest.mark.parametrize("adapted", [0.3, 0.9])
+def test_whoever_follows_clicks_better_answers_them(studies, monkeypatch, adapted):
+    """The trained model is the one that has seen a window; the plain one always reaches 0.6."""
+
+    def click(model, volume, truth, axis, index, clicks):
+        assert truth.any()
+        assert truth.take(index, axis).sum() == max(truth.sum(axis=tuple({0, 1, 2} - {axis})))
+        return [adapted if model.info.trained else 0.6]
+
+    monkeypatch.setattr("samadapt.training.gate.simulate_clicks", click)
+    info = read_info(train(find_cases(studies), LABELS, settings_for(4), Project(studies)).model)
+    assert info.answers_prompts == (adapted > 0.6)
+    assert info.training["one_click_dice"] == {"adapted": adapted, "plain": 0.6, "objects": 2}
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ class Clicks(_Task):
                 where="foreground",
                 remedy="Click on the structure, or give roi as [i0, i1, j0, j1, k0, k1].",
             )
-        served = self._models.current()
+        served = self._models.prompted()
         mask = np.zeros(shape, np.uint8)
         if self.dimension == 2:
             index = _clicked_slice(prompts, options.slice_index(request, shape[SLICE_AXIS]))

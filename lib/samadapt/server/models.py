@@ -47,6 +47,7 @@ class Models:
         self._lock = threading.Lock()
         self._source: tuple[Path, int] | None = None
         self._served: Served | None = None
+        self._plain: Served | None = None
         self._volumes = functools.lru_cache(maxsize=2)(_read)
 
     def trained(self) -> bool:
@@ -67,6 +68,20 @@ class Models:
                 self._served = self._load(published)
                 self._source = source
             return self._served
+
+    def prompted(self) -> Served:
+        """The model for clicks and boxes: ``current()``, unless its training has found the plain one to be better.
+
+        Raises:
+            WeightsError: as ``current``.
+            InputError: as ``current``.
+        """
+        served = self.current()
+        if served.version == PLAIN or served.model.info.answers_prompts:
+            return served
+        with self._lock:
+            self._plain = self._plain or self._load(None)
+            return self._plain
 
     def volume(self, path: str | Path) -> Volume:
         """An image by file (or DICOM folder); the last two stay in memory until their files change."""

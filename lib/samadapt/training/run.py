@@ -19,12 +19,11 @@ from samadapt.data.cases import Case
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window, choose_window
-from samadapt.errors import SamAdaptError, StateError, WeightsError
-from samadapt.evaluation.metrics import dice, mean, mean_by_class
+from samadapt.errors import SamAdaptError, StateError
 from samadapt.files import sha256_of
-from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
+from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.slices import PreparedCase, prepare, read_case
@@ -49,6 +48,7 @@ class TrainResult:
         published: whether it answers annotators now.
         reason: why, or why not; one sentence.
         dice: mean held-out Dice of each class on the native grid; empty without held-out cases.
+        clicks: how it follows clicks beside the plain model; the better one answers them.
         steps: optimiser steps.
         seconds: time in the training loop.
     """
@@ -57,6 +57,7 @@ class TrainResult:
     published: bool
     reason: str
     dice: dict[str, float]
+    clicks: ClickScores
     steps: int
     seconds: float
 
@@ -139,12 +140,40 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
     )
     done = trainer.run()
     log.phase("measuring on the held-out cases")
-    scores = _native_dice(model, held_out, labels)
-    candidate = _save(model, project, training, held_out, done, scores)
-    published, reason = _gate(candidate, scores, held_out, labels, config, project)
+    model.describe(trained=True)
+    scores = mean_dice(model, held_out, labels)
+    objects = held_out or training
+    clicks = compare_clicks(model, objects, labels, config, lambda n, of: log.phase(f"clicking on object {n} of {of}"))
+    candidate = _save(model, project, training, held_out, done, scores, clicks)
+    published, reason = judge(candidate, scores, held_out, labels, config, project)
     trainer.forget()
     log.end("done", reason, dice=scores, published=published, model=candidate.name)
-    return TrainResult(candidate, published, reason, scores, done.step, done.seconds)
+    return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds)
+
+
+def _save(
+    model: AdaptedModel,
+    project: Project,
+    training: Sequence[Case],
+    held_out: Sequence[Case],
+    done: Progress,
+    scores: dict[str, float],
+    clicks: ClickScores,
+) -> Path:
+    record = {
+        "cases": [case.id for case in training],
+        "held_out": [case.id for case in held_out],
+        "held_out_dice": scores,
+        "one_click_dice": dataclasses.asdict(clicks),
+        "steps": done.step,
+        "seconds": round(done.seconds, 1),
+        "rounds": done.history,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    model.describe(training=record, answers_prompts=clicks.adapted >= clicks.plain)
+    path = project.next_model()
+    model.save(path)
+    return path
 
 
 def _plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> _Plan:
@@ -223,73 +252,6 @@ def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, config: 
     base = sha256_of(start) if start else model.info.weights_sha256
     parts = [slices, model.info.to_json(), config.max_train_minutes, config.max_steps, base]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _native_dice(model: AdaptedModel, held_out: Sequence[Case], labels: LabelMap) -> dict[str, float]:
-    model.describe(trained=True)
-    scores = []
-    for case in held_out:
-        volume, truth, _ = read_case(case, labels)
-        scores.append(dice(segment(model, volume), truth, labels))
-    return mean_by_class(scores)
-
-
-def _save(
-    model: AdaptedModel,
-    project: Project,
-    training: Sequence[Case],
-    held_out: Sequence[Case],
-    done: Progress,
-    scores: dict[str, float],
-) -> Path:
-    record = {
-        "cases": [case.id for case in training],
-        "held_out": [case.id for case in held_out],
-        "held_out_dice": scores,
-        "steps": done.step,
-        "seconds": round(done.seconds, 1),
-        "rounds": done.history,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    model.describe(trained=True, training=record)
-    path = project.next_model()
-    model.save(path)
-    return path
-
-
-def _gate(
-    candidate: Path,
-    scores: dict[str, float],
-    held_out: Sequence[Case],
-    labels: LabelMap,
-    config: AppConfig,
-    project: Project,
-) -> tuple[bool, str]:
-    """Publish unless the published model, with the same labels, is better on the same held-out cases."""
-    current = project.published()
-    reason = "published: the first model" if current is None else "published: nothing is held out to compare on yet"
-    if current is not None and held_out and read_info(current).labels == labels:
-        rival = _load_on_its_base(current, config)
-        if rival is None:
-            reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
-        else:
-            before, after = mean(_native_dice(rival, held_out, labels).values()), mean(scores.values())
-            figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
-            if after < before:
-                return False, f"not published, it is worse: {figures}"
-            reason = f"published: {figures}"
-    project.publish(candidate)
-    return True, reason
-
-
-def _load_on_its_base(path: Path, config: AppConfig) -> AdaptedModel | None:
-    """A model of this project on the configured weights, else on its backbone's own; None if it fits neither."""
-    for weights in dict.fromkeys((config.weights, None)):
-        try:
-            return AdaptedModel.load(path, weights)
-        except WeightsError:
-            continue
-    return None
 
 
 class _Status:
