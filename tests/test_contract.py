@@ -96,7 +96,7 @@ def test_start_of_classes_is_defined(layout, images):
         assert torch.equal(logits, second(images))
     assert logits.shape == (2, len(LABELS) + 1, first.backbone.mask_size, first.backbone.mask_size)
     source = first.backbone.mask_decoder.mask_tokens.weight
-    for c, token in enumerate(first.head.class_tokens):
+    for c, token in enumerate(first.head.classes.class_tokens):
         assert torch.dist(token, source[1 + c % 3]) < 0.2 * source[1 + c % 3].norm()
 
 
@@ -200,10 +200,10 @@ def test_a_merged_model_refuses_to_be_saved(model, tmp_path):
 
 def test_batch_of_one_one_class_and_empty_slice_train(layout, images):
     model = recipes.build("lora", ("one",), BACKBONES[layout]())
-    before = model.head.class_tokens.detach().clone()
+    before = model.head.classes.class_tokens.detach().clone()
     step(model, images[:1], torch.zeros(1, SIZE, SIZE, dtype=torch.long))
     assert torch.isfinite(model(images[:1])).all()
-    assert not torch.equal(before, model.head.class_tokens)
+    assert not torch.equal(before, model.head.classes.class_tokens)
 
 
 def test_twenty_classes(layout, images):

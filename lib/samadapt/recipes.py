@@ -25,7 +25,8 @@ class Recipe:
         adapter: what learns inside the encoder.
         context: see ``ModelInfo.context``; colour images always keep their own channels.
         learning_rate: AdamW's peak rate for the adapter.
-        head_learning_rate: AdamW's peak rate for the head.
+        head_learning_rate: AdamW's peak rate for the decoder of classes.
+        prompt_learning_rate: the same for the decoder of prompts, which starts out skilled.
         weight_decay: AdamW's, for matrices only (not for norms, biases and tokens).
         warmup: share of the training, 0..1, over which the rate rises from zero.
         batch_size: slices per step.
@@ -40,6 +41,7 @@ class Recipe:
     context: int = 1
     learning_rate: float = 2e-3
     head_learning_rate: float = 2e-3
+    prompt_learning_rate: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.05
     batch_size: int = 8

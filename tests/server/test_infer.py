@@ -31,6 +31,8 @@ class Published:
     def current(self):
         return models.Served(SimpleNamespace(info=SimpleNamespace(labels=self.learned)), "v0007")
 
+    prompted = current
+
 
 @pytest.fixture
 def image(tmp_path):

@@ -47,5 +47,4 @@ def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimize
             parameter.copy_(file.get_tensor(f"parameter.{name}"))
             moments = {m: file.get_tensor(f"{m}.{name}") for m in _MOMENTS if f"{m}.{name}" in names}
             if moments:
-                on_device = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
-                optimizer.state[parameter] = on_device
+                optimizer.state[parameter] = {m: tensor.to(parameter.device) for m, tensor in moments.items()}

@@ -116,7 +116,7 @@ class Trainer:
         self._sampler = SliceSampler(training, size, recipe.batch_size, recipe.seed, recipe.copies)
         self._tokens = TokenCache(model, self._sampler, folder / "tokens", [*training, *held_out])
         self._parameters = model.trainable()
-        self._optimizer = torch.optim.AdamW(_groups(model))
+        self._optimizer = torch.optim.AdamW(_groups(model), fused=True)
         self._device = next(model.parameters()).device
         self._started = 0.0
         self.progress = Progress()
@@ -241,9 +241,10 @@ def _schedule(used: float, warmup: float) -> float:
 def _groups(model: AdaptedModel) -> list[dict[str, Any]]:
     """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them."""
     recipe = model.info.recipe
+    rates = {"head.classes.": recipe.head_learning_rate, "head.prompted.": recipe.prompt_learning_rate}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.trainable().items():
-        rate = recipe.head_learning_rate if name.startswith("head.") else recipe.learning_rate
+        rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), recipe.learning_rate)
         matrix = parameter.ndim >= 2 and "token" not in name
         groups.setdefault((rate, recipe.weight_decay if matrix else 0.0), []).append(parameter)
     return [
