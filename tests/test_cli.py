@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from samadapt import cli
 
@@ -194,13 +195,18 @@ def test_train_infer_evaluate(run, studies, tmp_path, tiny_backbone):
     assert (code, "bright, dark" in err) == (2, True)
 
 
-def test_a_second_training_of_a_folder_is_refused(run, studies):
+def test_a_second_training_of_a_folder_is_refused(run, studies, monkeypatch):
     from samadapt.project import Project
 
-    Project(studies).write_status(state="running", message="training")
-    code, _, err = run("train", studies, "--labels", "bright,dark")
+    monkeypatch.setattr("samadapt.training.run.LOCK_SECONDS", 0.1)
+    project = Project(studies)
+    project.write_status(state="running", message="training")
+    before = project.status()
+    with FileLock(project.training / "lock"):
+        code, _, err = run("train", studies, "--labels", "bright,dark")
     assert code == 4
     assert "runs already" in err
+    assert project.status() == before
 
 
 def test_recipes(run):

@@ -25,7 +25,7 @@ try:
     from samadapt.project import Project
     from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
-    from samadapt.server.labels import LabelSource
+    from samadapt.server.labels import LabelSource, label_warnings
     from samadapt.server.models import Models
     from samadapt.server.options import flag, is_upload
     from samadapt.server.strategies import First, Random
@@ -115,4 +115,5 @@ class SamAdaptApp(MONAILabelApp):
         if isinstance(self.datastore(), SafeDicomDatastore):
             self.datastore().forget_lists()
         self.label_source.learn_from(self.datastore())
-        return {"warnings": self.datastore().last_warnings, "labels": self.label_source.indices()}
+        warnings = label_warnings(*self.datastore().last_saved, self.label_source.current())
+        return {"warnings": warnings, "labels": self.label_source.indices()}

@@ -64,7 +64,9 @@ def main() -> None:
         _fail(error.to_dict(), str(error), error.exit_code)
     except ClickException as error:
         message = error.format_message()
-        _fail({"error": "UsageError", "what": message, "where": None, "remedy": None}, message, error.exit_code)
+        remedy = "Settings are written --conf KEY=VALUE." if "--conf" in sys.argv else None
+        text = f"{message} {remedy}" if remedy else message
+        _fail({"error": "UsageError", "what": message, "where": None, "remedy": remedy}, text, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail({"error": "Stopped", "what": "stopped", "where": None, "remedy": None}, "Stopped.", STOPPED)
     except Exception as error:
@@ -161,11 +163,10 @@ def train(
     if labels is not None:
         settings["labels"] = labels
     config = AppConfig.from_strings(settings)
-    from samadapt.training import train as run
-
     cases, project = _open(studies)
     label_map = _label_map(studies, cases, project, config.labels)
-    _refuse_second_training(project)
+    from samadapt.training import train as run
+
     with terminal(as_json=as_json) as out:
         with out.bar("starting") as update:
 
@@ -181,6 +182,7 @@ def train(
         shown = [table("Dice on the held-out cases", ["structure", "Dice"], rows)] if rows else []
         clicks = f"One click: Dice {result.clicks.adapted:.2f}, by the plain model {result.clicks.plain:.2f}."
         ending = f"{result.model}\n{result.steps} steps in {result.seconds:.0f} s; {result.reason}.\n{clicks}"
+        ending = "\n".join([ending, *result.remarks])
         out.result(value, *shown, ending)
 
 
@@ -233,7 +235,7 @@ def _infer_one(
 
     volume = read_volume(path)
     mask = segment(model, volume, structures or None, lambda done, total: update(completed=done, total=total))
-    target = output / f"{name}{form or ('.png' if volume.is_2d else '.nii.gz')}"
+    target = output / f"{name}{form or ('.nii.gz' if volume.geometry.in_space else '.png')}"
     names = model.info.labels.names
     write_mask(target, mask, volume.geometry, names=dict(enumerate(names, start=1)))
     return {"mask": target, "voxels": {label: int((mask == n).sum()) for n, label in enumerate(names, start=1)}}
@@ -285,7 +287,7 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
         "case": case.id,
         "dice": dice(found, truth, labels),
         "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing),
-        "label": report,
+        "label": str(report),
     }
 
 
@@ -398,16 +400,6 @@ def _label_map(studies: Path, cases: Sequence[Case], project: Project, configure
         where=studies,
         remedy="Give --labels first,second (in the order of the values 1, 2, ...) or put a labels.json there.",
     )
-
-
-def _refuse_second_training(project: Project) -> None:
-    status = project.status()
-    if status.get("state") == "running":
-        raise StateError(
-            f"a training of this folder runs already (process {status.get('pid')})",
-            where=project.root,
-            remedy="Wait for its end, or stop it.",
-        )
 
 
 def _images_of(source: Path) -> dict[str, Path]:

@@ -53,6 +53,11 @@ def test_clicks_are_obeyed_whatever_the_model_says(tiny, volume, first, more, ba
     assert not any(mask[j, i] for i, j, _ in outside)
 
 
+def test_a_click_outside_the_box_is_refused(tiny, volume):
+    with pytest.raises(InputError, match="outside the box"):
+        segment_object(tiny, volume, Prompts([(30, 30, 2)], box=(1, 10, 1, 10, 0, 5)))
+
+
 @settings(max_examples=15, deadline=None)
 @given(one=voxels, two=voxels)
 def test_a_box_bounds_the_object_in_any_order_of_its_ends(tiny, volume, one, two):

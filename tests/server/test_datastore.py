@@ -51,6 +51,24 @@ def stored(studies, image="a", tag="final"):
     return int(mask.flat[0]), names[0]["idx"]
 
 
+@pytest.mark.parametrize(("image", "tag"), [("b", "final"), ("../../a", "final"), ("a", "original"), ("a", "../x")])
+def test_removing_a_label_that_is_not_there_is_an_error_and_removes_nothing(studies, tmp_path, image, tag):
+    datastore = SafeDatastore(str(studies))
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 3), "final", info_of(3))
+    with pytest.raises(InputError):
+        datastore.remove_label(image, tag)
+    assert stored(studies) == (3, 3)
+    datastore.remove_label("a", "final")
+    assert stored(studies) is None
+
+
+def test_a_refused_label_is_named_by_its_image(studies, tmp_path):
+    path = save(tmp_path / "tmp12345.nii.gz", np.zeros((2, 2, 2), np.uint8))
+    with pytest.raises(InputError) as caught:
+        SafeDatastore(str(studies)).save_label("a", path, "final", {})
+    assert caught.value.where == "label of a"
+
+
 def test_images_are_listed_and_labels_found_again(studies, tmp_path):
     datastore = SafeDatastore(str(studies))
     assert sorted(datastore.list_images()) == ["a", "b", "c.d"]

@@ -153,6 +153,21 @@ def test_a_2d_image_gets_a_png_by_default(tmp_path, clicked):
     assert np.asarray(Image.open(file)).shape == (7, 9)
 
 
+def test_one_slice_that_lies_in_space_stays_a_nifti(tmp_path, clicked):
+    """A PNG would lose where it lies."""
+    path = tmp_path / "slice.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 7, 1), np.float32), AFFINE), path)
+    file, _ = infer.Clicks(Published(None), labels_of(tmp_path), 2)({"image": str(path), "foreground": [[8, 6, 0]]})
+    assert file.endswith(".nii.gz")
+    np.testing.assert_allclose(nibabel.load(file).affine, AFFINE)
+
+
+def test_finding_nothing_is_said(tmp_path, image, monkeypatch):
+    monkeypatch.setattr(infer, "segment_object", lambda model, volume, prompts: np.zeros(SHAPE, bool))
+    _, params = run(infer.Clicks(Published(None), labels_of(tmp_path), 3), image, roi=[1, 1, 1, 1, 1, 1])
+    assert "nothing was found" in params["message"]
+
+
 def test_a_refused_answer_leaves_no_file_behind(tmp_path, image, clicked, monkeypatch):
     import tempfile
 

@@ -6,7 +6,7 @@ import pytest
 
 from samadapt.data.labels import LabelMap
 from samadapt.project import Project
-from samadapt.server.labels import LabelSource
+from samadapt.server.labels import LabelSource, label_warnings
 
 
 class Store:
@@ -65,3 +65,27 @@ def test_configured_labels_win_over_everything(tmp_path):
 def test_background_is_no_structure(source):
     source.learn_from(Store({"a": (1, [{"name": "background", "idx": 0}, {"name": "liver", "idx": 4}])}))
     assert source.indices() == {"liver": 1}
+
+
+FRONT_BACK = LabelMap(("front", "back"))
+
+
+@pytest.mark.parametrize(
+    ("info", "present", "labels", "words"),
+    [
+        (named("front", "back"), {1, 2}, FRONT_BACK, []),
+        (named("Front ", "BACK"), {1, 2}, FRONT_BACK, []),
+        (named("front", "spleen"), {1}, FRONT_BACK, []),
+        (named("front", "spleen"), {1, 2}, FRONT_BACK, ["'spleen'", "front, back", "background", "labels.json"]),
+        (named("front", "front"), {1, 2}, FRONT_BACK, ["values 1, 2", "'front'", "one structure"]),
+        (named("front"), {1, 7}, FRONT_BACK, ["value 7", "no name"]),
+        (None, {1, 2}, FRONT_BACK, ["no names", "1 = front, 2 = back"]),
+        (None, {1}, None, ["no names", "nothing can be learned"]),
+        (named("front"), set(), FRONT_BACK, ["empty"]),
+    ],
+)
+def test_an_annotator_is_told_what_is_odd_about_a_label(info, present, labels, words):
+    submitted = {} if info is None else {"label_info": info}
+    warnings = label_warnings(submitted, present, labels)
+    assert len(warnings) == bool(words)
+    assert all(word in warnings[0] for word in words)

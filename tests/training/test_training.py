@@ -220,6 +220,17 @@ def test_a_model_whose_base_is_gone_gives_way(studies, own_weights):
     assert "base weights" in second.reason
 
 
+def test_what_did_not_fit_is_told_at_the_end(studies):
+    """The label of case_2 has a structure that nobody asked for; nothing of ``dark`` is there to be found."""
+    cases = find_cases(studies)
+    cases[2] = dataclasses.replace(cases[2], values={1: "bright", 2: "spleen"})
+    result = train(cases, LabelMap(("bright", "dark", "liver")), settings_for(3), Project(studies))
+    remarks = "\n".join(result.remarks)
+    assert "case_2" in remarks
+    assert "'spleen'" in remarks
+    assert Project(studies).status()["remarks"] == result.remarks
+
+
 def test_nothing_labelled_is_refused(studies):
     cases = [Case(case.id, case.image) for case in find_cases(studies)]
     with pytest.raises(StateError, match="Submit"):
@@ -303,10 +314,11 @@ def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
     done = peek(checkpoint)["step"]
     assert 0 < done < 200
     records = []
-    train(find_cases(studies), LABELS, settings_for(200), project, records.append)
+    train(find_cases(studies), LABELS, settings_for(210), project, records.append)  # the budget may have changed
     steps = [r["step"] for r in records if r.get("step") is not None]
     assert steps[0] >= done
-    assert steps[-1] == 200
+    assert steps[-1] == 210
+    assert any(f"went on from step {done}" in r["message"] for r in records)
 
 
 def test_a_checkpoint_of_another_training_is_not_used(studies):

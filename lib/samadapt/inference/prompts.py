@@ -28,7 +28,8 @@ class Prompts:
         """The same with whole numbers and an ordered box.
 
         Raises:
-            InputError: neither a foreground click nor a box, or something outside a volume of ``shape``.
+            InputError: neither a foreground click nor a box, something outside a volume of ``shape``, or a foreground
+                click outside the box.
         """
         foreground = [_voxel(point, shape, "foreground") for point in self.foreground]
         background = [_voxel(point, shape, "background") for point in self.background]
@@ -39,7 +40,19 @@ class Prompts:
                 where="foreground",
                 remedy="Click inside the object, or draw a box (roi) around it.",
             )
+        if box is not None:
+            _refuse_outside(foreground, box)
         return Prompts(foreground, background, box)
+
+
+def _refuse_outside(foreground: Sequence[Voxel], box: Sequence[int]) -> None:
+    for voxel in foreground:
+        if not all(box[2 * axis] <= voxel[axis] <= box[2 * axis + 1] for axis in range(3)):
+            raise InputError(
+                f"the click {voxel} lies outside the box {tuple(box)}",
+                where="foreground",
+                remedy="Move the click, enlarge the box (roi), or leave one of them out.",
+            )
 
 
 def _voxel(point: Sequence[float], shape: tuple[int, int, int], where: str) -> Voxel:

@@ -58,12 +58,12 @@ class SafeDatastore(LocalDatastore):
     Attributes:
         folder: the studies folder.
         geometry_of: reads an image's grid; replace it by one that remembers images.
-        last_warnings: what was odd about the label saved last, though it was stored.
+        last_saved: what the label saved last was submitted with, and the values in it, without 0.
     """
 
     def __init__(self, datastore_path: str, **host_options: Any) -> None:
         self.geometry_of: Callable[[str], Geometry] = lambda path: read_volume(path).geometry
-        self.last_warnings: list[str] = []
+        self.last_saved: tuple[dict[str, Any], set[int]] = ({}, set())
         self.folder = Path(datastore_path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._exclusive = FileLock(self.folder / ".samadapt.lock")
@@ -171,8 +171,11 @@ class SafeDatastore(LocalDatastore):
             super().remove_image(image_id)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
+        tag = check_tag(label_tag)
+        if not self.get_label_uri(label_id, tag):
+            raise InputError(f"there is no label {label_id!r} with the tag {tag!r}", where="id")
         with self._exclusive:
-            super().remove_label(label_id, check_tag(label_tag))
+            super().remove_label(label_id, tag)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a mask whose grid equals its image's, with what its values mean.
@@ -190,8 +193,13 @@ class SafeDatastore(LocalDatastore):
 
     def _checked_mask(self, image_id: str, label_filename: str, label_info: dict[str, Any]) -> np.ndarray:
         self._check_extension(self._to_id(os.path.basename(label_filename))[1])
-        mask = read_label(label_filename, self.geometry_of(self.image_path(image_id)))
-        self.last_warnings = label_warnings(label_info, mask)
+        geometry = self.geometry_of(self.image_path(image_id))
+        try:
+            mask = read_label(label_filename, geometry)
+        except InputError as error:  # the file's own name is that of an upload, which says nothing to a person
+            raise InputError(error.what, where=f"label of {image_id}", remedy=error.remedy) from None
+        values_from_label_info((label_info or {}).get("label_info") or [])
+        self.last_saved = (label_info or {}, set(np.unique(mask).tolist()) - {0})
         return mask
 
     def _check_extension(self, extension: str) -> None:
@@ -236,23 +244,6 @@ class SafeDatastore(LocalDatastore):
             for folder in (self.folder, *folders.glob("*/")):
                 for unfinished in [*folder.glob(".*.incoming"), *folder.glob(".*.tmp.*")]:
                     unfinished.unlink(missing_ok=True)
-
-
-def label_warnings(label_info: dict[str, Any] | None, mask: np.ndarray) -> list[str]:
-    """What is odd about a mask and the names of its values.
-
-    A label without any ``label_info`` is fine: its values follow the app's label map.
-
-    Raises:
-        InputError: ``label_info`` is malformed.
-    """
-    entries = (label_info or {}).get("label_info")
-    if entries is None:
-        return []
-    named = values_from_label_info(entries)
-    present = set(np.unique(mask).tolist()) - {0}
-    warnings = [f"value {value} has no name in label_info and is not learned" for value in sorted(present - set(named))]
-    return warnings if present else [*warnings, "the mask is empty"]
 
 
 def _check_uid(text: str, where: str) -> None:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Request = dict[str, Any]
 SLICE_AXIS = 2  # viewers' 2D clicks live in a plane of constant k, whatever the acquisition plane was
 
+NOTHING_FOUND = "nothing was found there: click in the middle of the structure, or draw a larger box"
 NOTHING_LEARNED = "no label has been learned yet, so the mask is empty: submit labels and train, or use clicks"
 
 
@@ -61,7 +62,7 @@ class _Task(InferTask):
         """
         started = time.perf_counter()
         volume = self._models.volume(request["image"])
-        form = options.mask_format(request, default_extension=".png" if volume.is_2d else ".nii.gz")
+        form = options.mask_format(request, default_extension=".nii.gz" if volume.geometry.in_space else ".png")
         ready = time.perf_counter()
         mask, params = self.mask(volume, request)
         done = time.perf_counter()
@@ -136,7 +137,8 @@ class Clicks(_Task):
             put_slice(mask, SLICE_AXIS, index, found)
         else:
             mask[segment_object(served.model, volume, prompts)] = 1
-        return mask, {"label_names": {str(request.get("label") or "object"): 1}, "model_version": served.version}
+        params = {"label_names": {str(request.get("label") or "object"): 1}, "model_version": served.version}
+        return mask, params if mask.any() else {**params, "message": NOTHING_FOUND}
 
 
 class OneDeviceBatchInfer(BatchInferTask):

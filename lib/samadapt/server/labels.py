@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from monailabel.interfaces.datastore import DefaultLabelTag
 
@@ -16,6 +17,8 @@ from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
 
 logger = logging.getLogger(__name__)
+
+WRITE_DOWN = "to learn it, add it to --conf labels or labels.json, or leave both out"
 
 
 class LabelSource:
@@ -75,3 +78,34 @@ class LabelSource:
                 logger.warning("the label names of %s are left out: %s", info.get("name"), error)
                 continue
             self.learn(name for _, name in sorted(values.items()))
+
+
+def label_warnings(submitted: Mapping[str, Any], present: Collection[int], labels: LabelMap | None) -> list[str]:
+    """What is odd about a stored label, for the annotator who has just submitted it.
+
+    Args:
+        submitted: with its ``label_info``, which may be missing.
+        present: values in the mask, without 0.
+        labels: the label map of now.
+    """
+    if not present:
+        return ["the mask is empty"]
+    known = labels.names if labels else ()
+    entries = submitted.get("label_info")
+    if entries is None:
+        order = ", ".join(f"{value} = {name}" for value, name in enumerate(known, start=1))
+        assumed = f"they are taken for {order}" if order else "nothing can be learned from them"
+        return [f"the label's values have no names: {assumed}"]
+    named = values_from_label_info(entries)
+    nameless = sorted(set(present) - set(named))
+    warnings = [f"value {value} has no name in label_info and is not learned" for value in nameless]
+    structures: dict[str, list[int]] = {}
+    for value in sorted(set(present) & set(named)):
+        structures.setdefault(same_name(named[value]), []).append(value)
+    for values in structures.values():
+        name = named[values[0]]
+        if len(values) > 1:
+            warnings.append(f"values {', '.join(map(str, values))} are all {name!r} and are learned as one structure")
+        if labels and labels.find(name) is None and same_name(name) != BACKGROUND:
+            warnings.append(f"{name!r} is none of the labels ({', '.join(known)}) and becomes background; {WRITE_DOWN}")
+    return warnings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +24,9 @@ from samadapt.training.loop import ROUNDS
 
 SETTINGS = ("max_train_minutes", "max_steps")
 """What a request may change; the rest is settled when the server starts."""
+
+NICENESS = 10
+"""Whoever waits for an answer of the server gets the processor before the training."""
 
 _FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
 
@@ -97,9 +102,11 @@ class TrainSamAdapt(TrainTask):
         config = self.check(request, datastore)
         labels = self._labels.current()
         assert labels is not None
+        if threading.current_thread() is threading.main_thread():  # else this is the server itself (``run_sync``)
+            os.nice(NICENESS)
         datastore.datalist()  # over DICOMweb this fetches the labels that others have stored
         result = train(find_cases(self._project.root.parent), labels, config, self._project, _print_news())
-        print(result.reason, flush=True)
+        print("\n".join([result.reason, *result.remarks]), flush=True)
         return {**dataclasses.asdict(result), "model": result.model.stem}
 
 
@@ -113,11 +120,13 @@ def _about_to_start(status: Mapping[str, Any]) -> bool:
 
 
 def _print_news() -> Any:
-    """A progress callback that prints each message once."""
-    last = ""
+    """A progress callback that prints each message once, and ends this process when the server is gone."""
+    last, server = "", os.getppid()
 
     def report(record: dict[str, Any]) -> None:
         nonlocal last
+        if os.getppid() != server:
+            raise SystemExit("the server is gone; the next training goes on from here")
         if record["message"] != last:
             last = record["message"]
             loss = f", loss {record['loss']:.3f}" if record.get("loss") is not None else ""

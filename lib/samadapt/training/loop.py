@@ -64,6 +64,7 @@ class Progress:
         step: optimiser steps done.
         seconds: time spent in the loop by earlier processes, and after the end by all of them.
         checking: seconds of these that went into checks on the held-out cases.
+        resumed: the step at which this process took over from an earlier one; 0: it began itself.
         round: rounds done.
         best: best mean held-out Dice so far (None: nothing held out, or no round done).
         best_round: the round that reached it.
@@ -74,6 +75,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     checking: float = 0.0
+    resumed: int = 0
     round: int = 0
     best: float | None = None
     best_round: int = 0
@@ -211,7 +213,7 @@ class Trainer:
             self.forget()
             return
         checkpoint.restore(self._checkpoint, self._parameters, self._optimizer)
-        self.progress = Progress(**state)
+        self.progress = Progress(**{**state, "resumed": state["step"]})
 
     def _validate(self) -> dict[str, float]:
         """Mean Dice of each class over the held-out cases, in the model frame, on a few slices: quick, for choosing."""

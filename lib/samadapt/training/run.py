@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from samadapt import backbones, recipes
 from samadapt.config import AppConfig
@@ -33,6 +35,12 @@ CPU_IMAGE_SIZE = 128
 
 SMALLEST_IMAGE_SIZE = 64
 
+NOT_FOUND = 0.05
+"""Held-out Dice below which a structure counts as not found."""
+
+LOCK_SECONDS = 10.0
+"""A training whose server is gone needs so long to notice it."""
+
 STATUS_SECONDS = 1.0
 """Shortest time between two progress records."""
 
@@ -51,6 +59,7 @@ class TrainResult:
         clicks: how it follows clicks beside the plain model; the better one answers them.
         steps: optimiser steps.
         seconds: time in the training loop.
+        remarks: what people should know beside it: labels whose names did not fit, structures that were not found.
     """
 
     model: Path
@@ -60,6 +69,7 @@ class TrainResult:
     clicks: ClickScores
     steps: int
     seconds: float
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -90,18 +100,19 @@ def train(
         progress: called with the same records as ``project.status()`` gives.
 
     Raises:
-        StateError: no labelled case, or no label of ``labels`` in any of them.
+        StateError: no labelled case, no label of ``labels`` in any of them, or another training of this folder runs.
         InputError: a case that cannot be read; the message names it.
     """
-    log = _Status(project, progress)
-    try:
-        return _train([case for case in cases if case.label], labels, config, project, log)
-    except SamAdaptError as error:
-        log.end("failed", str(error))
-        raise
-    except Exception as error:
-        log.end("failed", f"{type(error).__name__}: {error}")
-        raise
+    with _alone(project):
+        log = _Status(project, progress)
+        try:
+            return _train([case for case in cases if case.label], labels, config, project, log)
+        except SamAdaptError as error:
+            log.end("failed", str(error))
+            raise
+        except Exception as error:
+            log.end("failed", f"{type(error).__name__}: {error}")
+            raise
 
 
 def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status) -> TrainResult:
@@ -129,13 +140,16 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
         lambda done, total: log.phase(f"preparing case {done} of {total}"),
     )
     _refuse_empty(prepared[: len(training)], labels)
+    remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
+    for remark in remarks:
+        log.phase(remark)
     trainer = Trainer(
         model,
         prepared[: len(training)],
         prepared[len(training) :],
         Budget(config.max_train_minutes * 60, config.max_steps),
         project.training,
-        _fingerprint(prepared, model, config, start),
+        _fingerprint(prepared, model, start),
         log.step,
     )
     done = trainer.run()
@@ -147,8 +161,28 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
     candidate = _save(model, project, training, held_out, done, scores, clicks)
     published, reason = judge(candidate, scores, held_out, labels, config, project)
     trainer.forget()
-    log.end("done", reason, dice=scores, published=published, model=candidate.name)
-    return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds)
+    remarks += [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
+    log.end("done", reason, dice=scores, published=published, model=candidate.name, remarks=remarks)
+    return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds, remarks)
+
+
+@contextmanager
+def _alone(project: Project) -> Iterator[None]:
+    """Two trainings of one folder would write over each other's checkpoints."""
+    project.training.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(project.training / "lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise StateError(
+            f"a training of this folder runs already (process {project.status().get('pid')})",
+            where=project.root,
+            remedy="Wait for its end, or stop it.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _save(
@@ -246,11 +280,11 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
         )
 
 
-def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, config: AppConfig, start: Path | None) -> str:
-    """Changes with the slices, the model and the settings, so that only the same training is resumed."""
+def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, start: Path | None) -> str:
+    """Changes with the slices and the model, so that only the same training is resumed; its budget may change."""
     slices = [case.key for case in prepared]
     base = sha256_of(start) if start else model.info.weights_sha256
-    parts = [slices, model.info.to_json(), config.max_train_minutes, config.max_steps, base]
+    parts = [slices, model.info.to_json(), base]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -271,8 +305,9 @@ class _Status:
 
     def step(self, progress: Progress) -> None:
         changed = progress.round != self._record["epoch"]
+        resumed = f" (went on from step {progress.resumed})" if progress.resumed else ""
         self._record.update(
-            message=f"training: round {progress.round} of {ROUNDS}, step {progress.step}",
+            message=f"training: round {progress.round} of {ROUNDS}, step {progress.step}{resumed}",
             epoch=progress.round,
             step=progress.step,
             loss=progress.loss,

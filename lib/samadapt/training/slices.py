@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samadapt.data.augment import Augmentation
 from samadapt.data.cases import Case
-from samadapt.data.labels import LabelMap, remap
+from samadapt.data.labels import LabelMap, RemapReport, remap
 from samadapt.data.slices import take_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume, read_label, read_volume
@@ -26,7 +26,7 @@ ANY_SLICE = 0.2
 """Share of slices drawn from all; the others show a class that is drawn first, so that rare classes are seen."""
 
 
-def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, str]:
+def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapReport]:
     """The image, its label in the order of ``labels`` (uint8, native grid), and what the mapping by name reported.
 
     Raises:
@@ -36,7 +36,7 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, str]:
         raise InputError("the case has no label", where=case.id)
     volume = read_volume(case.image)
     mask, report = remap(read_label(case.label, volume.geometry), case.values, labels)
-    return volume, mask, str(report)
+    return volume, mask, report
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class PreparedCase:
         labels: uint8 (N,S,S) model label indices.
         slices_of: class index -> indices of the slices that show it.
         context: see ``ModelInfo.context``.
+        remark: what was odd about the names in its label; empty where all fitted.
     """
 
     id: str
@@ -58,6 +59,7 @@ class PreparedCase:
     labels: np.ndarray
     slices_of: dict[int, list[int]]
     context: int
+    remark: str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,7 +190,8 @@ def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) 
     _save(stem.with_suffix(".images.npy"), images)
     _save(stem.with_suffix(".labels.npy"), np.stack(frames))
     shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
-    write_json(stem.with_suffix(".json"), {"case": case.id, "labels": report, "slices_of": shown})
+    remark = "" if report.clean else str(report)
+    write_json(stem.with_suffix(".json"), {"case": case.id, "remark": remark, "slices_of": shown})
 
 
 def _open(case_id: str, stem: Path, context: int) -> PreparedCase:
@@ -196,7 +199,7 @@ def _open(case_id: str, stem: Path, context: int) -> PreparedCase:
     images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
     labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
     slices_of = {int(label): indices for label, indices in record["slices_of"].items()}
-    return PreparedCase(case_id, stem.name, images, labels, slices_of, context)
+    return PreparedCase(case_id, stem.name, images, labels, slices_of, context, record["remark"])
 
 
 def _save(path: Path, array: np.ndarray) -> None:
