@@ -117,6 +117,13 @@ class AppConfig:
         metadata=_about("training stops after so many optimiser steps, if the time has not run out", _number(1, 10**6)),
     )
 
+    cache_gib: float = field(
+        default=20.0,
+        metadata=_about(
+            "GiB of disk for what the encoder made of slices; the oldest goes first", _number(0.1, 10**5, float)
+        ),
+    )
+
     @classmethod
     def from_strings(cls, values: Mapping[str, Any]) -> AppConfig:
         """Check and convert ``{"key": "text"}`` as ``--conf`` gives it.

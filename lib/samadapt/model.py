@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -118,7 +119,8 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.info = info
-        self.first_trainable_block = inject_lora(backbone, info.recipe.adapter)
+        self.first_trainable_block = inject_lora(backbone, info.recipe.adapter, info.recipe.seed)
+        self._merged_key: str | None = None
         self.head = SamDecoderHead(backbone.mask_decoder, len(info.labels.names), seed=info.recipe.seed)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -176,7 +178,23 @@ class AdaptedModel(nn.Module):
 
     def merge(self) -> None:
         """Fold the adapter into plain encoder weights, in place, for inference at the base model's cost."""
+        self._merged_key = self.encoder_key()
         merge_lora(self.backbone)
+
+    @property
+    def frozen_key(self) -> str:
+        """Names what ``tokens`` computes; the same for every version that was trained with one recipe on one base."""
+        return f"{self.info.weights_sha256[:16]}-{self.first_trainable_block}"
+
+    def encoder_key(self) -> str:
+        """Names what ``embed`` computes; changes with every training step."""
+        if self._merged_key is not None:
+            return self._merged_key
+        digest = hashlib.sha256(self.frozen_key.encode())
+        for name, parameter in sorted(adapter_parameters(self.backbone).items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()[:32]
 
     def describe(self, **changes: Any) -> None:
         """Replace fields of ``info``."""

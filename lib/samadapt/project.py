@@ -29,6 +29,7 @@ class Project:
         self.root = Path(studies) / FOLDER
         self.models = self.root / "models"
         self.training = self.root / "training"
+        self.cache = self.root / "cache"
         self.ledger = self.root / "ledger.json"
         self._published = self.root / "published.json"
         self._status = self.training / "status.json"

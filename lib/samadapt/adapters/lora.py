@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -40,8 +41,13 @@ class LoraConfig:
             raise ConfigError(f"LoRA cannot target {list(self.targets)}", where="targets", remedy="Use q, k, v.")
 
 
-def inject_lora(backbone: Backbone, config: LoraConfig) -> int:
+def inject_lora(backbone: Backbone, config: LoraConfig, seed: int = 0) -> int:
     """Put LoRA layers into ``backbone``, in place; only they require gradients afterwards.
+
+    Args:
+        backbone: changed.
+        config: what is adapted.
+        seed: of the random start of A.
 
     Returns:
         The index of the first adapted block: tokens entering it do not depend on what is trained.
@@ -57,7 +63,9 @@ def inject_lora(backbone: Backbone, config: LoraConfig) -> int:
     tuner = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names, bias="none"
     )
-    peft.inject_adapter_in_model(tuner, backbone.image_encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(tuner, backbone.image_encoder)
     return min(layer.block for layer in layers)
 
 

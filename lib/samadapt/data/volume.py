@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
@@ -61,6 +63,14 @@ class Volume:
     def is_colour(self) -> bool:
         """Whether there are three channels: red, green, blue."""
         return self.array.shape[0] == 3
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex name of the content, voxels and grid; the same in every process, whatever the file's name or format."""
+        digest = hashlib.blake2b(np.ascontiguousarray(self.array), digest_size=16)
+        digest.update(repr([self.array.shape, self.array.dtype.str]).encode())
+        digest.update(np.ascontiguousarray(self.geometry.affine, dtype=np.float64))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

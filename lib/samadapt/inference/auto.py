@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.slices import put_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
+from samadapt.encoding import SliceEncoder
 from samadapt.errors import InputError
 from samadapt.model import AdaptedModel
 
@@ -22,6 +24,7 @@ def segment(
     volume: Volume,
     classes: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: SliceCache | None = None,
 ) -> np.ndarray:
     """Segment a whole volume.
 
@@ -30,6 +33,7 @@ def segment(
         volume: the image.
         classes: names of the classes to keep; None keeps all. Voxels of other classes become background.
         progress: called with (slices done, slices in all).
+        cache: where embeddings are looked up and kept.
 
     Returns:
         uint8 (I,J,K) on the volume's own grid: 0 background, n for ``model.info.labels.names[n - 1]``.
@@ -44,11 +48,11 @@ def segment(
     view = ModelView(volume, info.window, info.context, info.image_size)
     result = np.zeros(view.turn.turned.shape, dtype=np.uint8)
     batch = max(1, BATCH_PIXELS // info.image_size**2)
-    device = next(model.parameters()).device
+    encoder = SliceEncoder(model, cache)
     with torch.inference_mode():
         for start in range(0, len(view), batch):
             indices = range(start, min(start + batch, len(view)))
-            logits = model(view.images(indices).to(device))
+            logits = model.class_logits(encoder.embeddings(view, indices))
             for index, slice_logits in zip(indices, logits, strict=True):
                 found = view.frame.logits_to_native(slice_logits).argmax(dim=0)
                 put_slice(result, view.axis, index, kept[found.cpu().numpy()])

@@ -18,9 +18,11 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.slices import put_slice, take_slice, voxel_to_pixel
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
+from samadapt.encoding import SliceEncoder
 from samadapt.errors import InputError
 from samadapt.inference.prompts import Prompts, Voxel
 from samadapt.model import AdaptedModel
@@ -38,7 +40,7 @@ SMALLEST_PATCH = 5 / 256
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
-REMEMBERED_VIEWS, REMEMBERED_SLICES = 2, 256
+REMEMBERED_VIEWS, REMEMBERED_SLICES = 2, 64
 
 LEAST_IOU, LEAST_OVERLAP = 0.5, 0.4
 AREA_CHANGE = (0.35, 2.2)
@@ -46,7 +48,9 @@ AREA_CHANGE = (0.35, 2.2)
 the change of the area stay within these."""
 
 
-def segment_slice(model: AdaptedModel, volume: Volume, axis: int, index: int, prompts: Prompts) -> np.ndarray:
+def segment_slice(
+    model: AdaptedModel, volume: Volume, axis: int, index: int, prompts: Prompts, cache: SliceCache | None = None
+) -> np.ndarray:
     """Segment the object in one slice.
 
     Args:
@@ -55,6 +59,7 @@ def segment_slice(model: AdaptedModel, volume: Volume, axis: int, index: int, pr
         axis: axis of the volume as stored that the slice is taken across.
         index: which slice; clicks on other slices are left out.
         prompts: clicks and box, voxels of the volume as stored.
+        cache: where embeddings are looked up and kept; the slices used last stay in memory anyway.
 
     Returns:
         bool (H,W), as ``samadapt.data.slices.take_slice`` cuts the volume.
@@ -65,7 +70,7 @@ def segment_slice(model: AdaptedModel, volume: Volume, axis: int, index: int, pr
     prompts = prompts.checked(volume.geometry.shape)
     if not 0 <= index < volume.geometry.shape[axis]:
         raise InputError(f"slice {index} lies outside the volume", where="slice")
-    scene = _Scene.of(model, volume, axis)
+    scene = _Scene.of(model, volume, axis, cache)
     clicks = scene.clicks(prompts, scene.turned_index(index))
     if clicks.box is None and not clicks.inside:
         raise InputError(
@@ -80,7 +85,9 @@ def segment_slice(model: AdaptedModel, volume: Volume, axis: int, index: int, pr
     return np.ascontiguousarray(take_slice(result, axis, index))
 
 
-def segment_object(model: AdaptedModel, volume: Volume, prompts: Prompts) -> np.ndarray:
+def segment_object(
+    model: AdaptedModel, volume: Volume, prompts: Prompts, cache: SliceCache | None = None
+) -> np.ndarray:
     """Segment the object on the clicked slices and carry it to their neighbours until it ends.
 
     A box bounds the object along all three axes; without a click it starts in the middle of the box.
@@ -92,7 +99,7 @@ def segment_object(model: AdaptedModel, volume: Volume, prompts: Prompts) -> np.
         InputError: a prompt outside the volume, or neither a foreground click nor a box.
     """
     prompts = prompts.checked(volume.geometry.shape)
-    scene = _Scene.of(model, volume, None)
+    scene = _Scene.of(model, volume, None, cache)
     first, last = scene.reach(prompts)
     result = np.zeros(scene.view.turn.turned.shape, dtype=bool)
     fields: dict[int, Tensor] = {}
@@ -129,9 +136,10 @@ class _Scene:
 
     _recent: ClassVar[OrderedDict[tuple[int, int, int | None], _Scene]] = OrderedDict()
 
-    def __init__(self, model: AdaptedModel, volume: Volume, axis: int | None) -> None:
+    def __init__(self, model: AdaptedModel, volume: Volume, axis: int | None, cache: SliceCache | None) -> None:
         info = model.info
         self._model = model
+        self._encoder = SliceEncoder(model, cache)
         self._volume = volume
         self.view = ModelView(volume, info.window, info.context, info.image_size, axis)
         self._native_axis = next(a for a in range(3) if int(self.view.turn.steps[a][0]) == self.view.axis)
@@ -141,10 +149,10 @@ class _Scene:
         self._cells = model.backbone.mask_size
 
     @classmethod
-    def of(cls, model: AdaptedModel, volume: Volume, axis: int | None) -> _Scene:
+    def of(cls, model: AdaptedModel, volume: Volume, axis: int | None, cache: SliceCache | None) -> _Scene:
         """The scene of before if model and volume are the same objects, so that corrections do not encode again."""
         key = (id(model), id(volume), axis)
-        scene = cls._recent.pop(key, None) or cls(model, volume, axis)
+        scene = cls._recent.pop(key, None) or cls(model, volume, axis, cache)
         cls._recent[key] = scene
         while len(cls._recent) > REMEMBERED_VIEWS:
             cls._recent.popitem(last=False)
@@ -243,8 +251,7 @@ class _Scene:
 
     def _embedding(self, index: int) -> Tensor:
         if index not in self._embeddings:
-            with torch.inference_mode():
-                self._embeddings[index] = self._model.embed(self.view.image(index)[None].to(self._device))
+            self._embeddings[index] = self._encoder.embeddings(self.view, [index])
             if len(self._embeddings) > REMEMBERED_SLICES:
                 self._embeddings.popitem(last=False)
         return self._embeddings[index]

@@ -102,7 +102,7 @@ class Segmentation(_Task):
         if missing := [name for name, position in positions.items() if position is None]:
             params["message"] = f"not learned yet: {', '.join(missing)}"
         classes = [learned.names[position - 1] for position in positions.values() if position is not None]
-        found = segment(served.model, volume, classes)
+        found = segment(served.model, volume, classes, cache=self._models.cache)
         return _renumbered(found, learned, labels), {**params, "model_version": served.version}
 
 
@@ -133,10 +133,12 @@ class Clicks(_Task):
         mask = np.zeros(shape, np.uint8)
         if self.dimension == 2:
             index = _clicked_slice(prompts, options.slice_index(request, shape[SLICE_AXIS]))
-            found = segment_slice(served.model, volume, SLICE_AXIS, index, _on_slice(prompts, index))
+            found = segment_slice(
+                served.model, volume, SLICE_AXIS, index, _on_slice(prompts, index), self._models.cache
+            )
             put_slice(mask, SLICE_AXIS, index, found)
         else:
-            mask[segment_object(served.model, volume, prompts)] = 1
+            mask[segment_object(served.model, volume, prompts, self._models.cache)] = 1
         params = {"label_names": {str(request.get("label") or "object"): 1}, "model_version": served.version}
         return mask, params if mask.any() else {**params, "message": NOTHING_FOUND}
 

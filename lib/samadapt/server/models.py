@@ -12,6 +12,7 @@ import torch
 
 from samadapt import recipes
 from samadapt.config import AppConfig
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Geometry, Volume, read_volume
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
@@ -39,6 +40,9 @@ class Models:
     """Loads the published model when it is first needed, and again whenever another version is published.
 
     Safe to call from several threads. Nothing is read or loaded before the first call.
+
+    Attributes:
+        cache: what the encoder made of the images' slices.
     """
 
     def __init__(self, config: AppConfig, project: Project) -> None:
@@ -48,6 +52,7 @@ class Models:
         self._source: tuple[Path, int] | None = None
         self._served: Served | None = None
         self._plain: Served | None = None
+        self.cache = SliceCache(project.cache, config.cache_gib)
         self._volumes = functools.lru_cache(maxsize=2)(_read)
 
     def trained(self) -> bool:

@@ -13,6 +13,7 @@ from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
 from samadapt.data.labels import LabelMap
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.errors import WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
@@ -42,12 +43,14 @@ class ClickScores:
     objects: int
 
 
-def mean_dice(model: AdaptedModel, cases: Sequence[Case], labels: LabelMap) -> dict[str, float]:
+def mean_dice(
+    model: AdaptedModel, cases: Sequence[Case], labels: LabelMap, cache: SliceCache | None = None
+) -> dict[str, float]:
     """Mean Dice of each class on the native grid, without prompts; empty without cases."""
     scores = []
     for case in cases:
         volume, truth, _ = read_case(case, labels)
-        scores.append(dice(segment(model, volume), truth, labels))
+        scores.append(dice(segment(model, volume, cache=cache), truth, labels))
     return mean_by_class(scores)
 
 
@@ -86,6 +89,7 @@ def judge(
     labels: LabelMap,
     config: AppConfig,
     project: Project,
+    cache: SliceCache | None = None,
 ) -> tuple[bool, str]:
     """Publish ``candidate`` unless the published model, with the same labels, is better on the held-out cases.
 
@@ -96,6 +100,7 @@ def judge(
         labels: the candidate's.
         config: where the base weights of the published model may be.
         project: whose published model may be replaced.
+        cache: where embeddings are looked up and kept.
 
     Returns:
         Whether it was published, and why (or why not) in one sentence.
@@ -107,7 +112,7 @@ def judge(
         if rival is None:
             reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
         else:
-            before, after = mean(mean_dice(rival, held_out, labels).values()), mean(scores.values())
+            before, after = mean(mean_dice(rival, held_out, labels, cache).values()), mean(scores.values())
             figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
             if after < before:
                 return False, f"not published, it is worse: {figures}"

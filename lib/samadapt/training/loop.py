@@ -15,13 +15,15 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from samadapt.data.labels import resize_label
+from samadapt.data.slice_cache import SliceCache
+from samadapt.encoding import working_precision
 from samadapt.errors import StateError
 from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
 from samadapt.training import checkpoint
 from samadapt.training.losses import class_loss, prompt_loss
 from samadapt.training.slices import Draw, PreparedCase, SliceSampler
-from samadapt.training.tokens import TokenCache
+from samadapt.training.tokens import TokenSource
 
 ROUNDS = 20
 """A training is shown to people as so many rounds ("epochs" in the viewers) of equal budget; each ends with a check."""
@@ -92,6 +94,7 @@ class Trainer:
         held_out: prepared held-out cases; may be empty.
         budget: when to end.
         folder: where the checkpoint and the best parameters are kept until ``forget``.
+        cache: of tokens.
         fingerprint: changes with anything that makes an old checkpoint useless.
         report: called often with ``Progress``; cheap.
     """
@@ -103,6 +106,7 @@ class Trainer:
         held_out: Sequence[PreparedCase],
         budget: Budget,
         folder: Path,
+        cache: SliceCache,
         fingerprint: str,
         report: Callable[[Progress], None],
     ) -> None:
@@ -116,7 +120,7 @@ class Trainer:
         self._report = report
         size = model.info.image_size
         self._sampler = SliceSampler(training, size, recipe.batch_size, recipe.seed, recipe.copies)
-        self._tokens = TokenCache(model, self._sampler, folder / "tokens", [*training, *held_out])
+        self._tokens = TokenSource(model, self._sampler, cache)
         self._parameters = model.trainable()
         self._optimizer = torch.optim.AdamW(_groups(model), fused=True)
         self._device = next(model.parameters()).device
@@ -158,7 +162,7 @@ class Trainer:
         step, tokens, labels = batch
         recipe = self._model.info.recipe
         generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        with working_precision(self._device):
             embeddings = self._model.embed_tokens(tokens)
             loss = class_loss(self._model.class_logits(embeddings), labels)
             if recipe.prompt_weight:
@@ -256,14 +260,14 @@ def _groups(model: AdaptedModel) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _frame_dice(model: AdaptedModel, case: PreparedCase, cache: TokenCache) -> dict[str, float]:
+def _frame_dice(model: AdaptedModel, case: PreparedCase, source: TokenSource) -> dict[str, float]:
     """Dice of each class over the chosen slices of one case together; NaN where a class is in neither mask."""
     count = min(len(case), VALIDATION_SLICES)
     names = model.info.labels.names
     overlap, total = [0] * len(names), [0] * len(names)
     indices = torch.linspace(0, len(case) - 1, count).round().long()
     for chunk in indices.split(model.info.recipe.batch_size):
-        tokens, label = cache.batch([Draw(case, index, None) for index in chunk.tolist()])
+        tokens, label = source.batch([Draw(case, index, None) for index in chunk.tolist()])
         found = model.class_logits(model.embed_tokens(tokens)).argmax(dim=1)
         truth = resize_label(label, found.shape)
         for n in range(len(names)):

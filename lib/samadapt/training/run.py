@@ -19,6 +19,7 @@ from samadapt import backbones, recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
 from samadapt.data.labels import LabelMap
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window, choose_window
 from samadapt.errors import SamAdaptError, StateError
@@ -143,23 +144,25 @@ def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: 
     remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
     for remark in remarks:
         log.phase(remark)
+    cache = SliceCache(project.cache, config.cache_gib)
     trainer = Trainer(
         model,
         prepared[: len(training)],
         prepared[len(training) :],
         Budget(config.max_train_minutes * 60, config.max_steps),
         project.training,
+        cache,
         _fingerprint(prepared, model, start),
         log.step,
     )
     done = trainer.run()
     log.phase("measuring on the held-out cases")
     model.describe(trained=True)
-    scores = mean_dice(model, held_out, labels)
+    scores = mean_dice(model, held_out, labels, cache)
     objects = held_out or training
     clicks = compare_clicks(model, objects, labels, config, lambda n, of: log.phase(f"clicking on object {n} of {of}"))
     candidate = _save(model, project, training, held_out, done, scores, clicks)
-    published, reason = judge(candidate, scores, held_out, labels, config, project)
+    published, reason = judge(candidate, scores, held_out, labels, config, project, cache)
     trainer.forget()
     remarks += [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
     log.end("done", reason, dice=scores, published=published, model=candidate.name, remarks=remarks)

@@ -16,7 +16,7 @@ from samadapt.data.augment import Augmentation
 from samadapt.data.cases import Case
 from samadapt.data.labels import LabelMap, RemapReport, remap
 from samadapt.data.slices import take_slice
-from samadapt.data.view import ModelView
+from samadapt.data.view import LEVELS, ModelView, view_key
 from samadapt.data.volume import Volume, read_label, read_volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError
@@ -46,15 +46,17 @@ class PreparedCase:
     Attributes:
         id: case id.
         key: changes with the files and everything that shaped the slices.
-        images: uint8 (N,C,S,S), 255 is 1.0.
+        images: uint8 (N,C,S,S); ``LEVELS`` is 1.0.
         labels: uint8 (N,S,S) model label indices.
         slices_of: class index -> indices of the slices that show it.
         context: see ``ModelInfo.context``.
         remark: what was odd about the names in its label; empty where all fitted.
+        view_key: see ``samadapt.data.view.view_key``; unlike ``key`` it stays when the label is changed.
     """
 
     id: str
     key: str
+    view_key: str
     images: np.ndarray
     labels: np.ndarray
     slices_of: dict[int, list[int]]
@@ -71,7 +73,7 @@ class PreparedCase:
         else:
             neighbours = np.clip([index - self.context, index, index + self.context], 0, len(self) - 1)
             stack = self.images[neighbours, 0]
-        return torch.from_numpy(np.array(stack)).float() / 255
+        return torch.from_numpy(np.array(stack)).float() / LEVELS
 
     def label(self, index: int) -> Tensor:
         """(S,S) int64."""
@@ -97,7 +99,7 @@ def prepare(
     for number, (case, key) in enumerate(zip(cases, keys, strict=True), start=1):
         if not (folder / f"{key}.json").is_file():
             _write(case, labels, window, size, folder / key)
-        prepared.append(_open(case.id, folder / key, context))
+        prepared.append(_open(case.id, folder / key, window, context, size))
         if progress:
             progress(number, len(cases))
     return prepared
@@ -127,6 +129,9 @@ class SliceSampler:
         batch_size: slices per batch.
         seed: of all draws.
         copies: augmented copies of each slice that there are to draw from; by default practically endless.
+
+    Attributes:
+        seed: as given.
     """
 
     def __init__(
@@ -135,7 +140,7 @@ class SliceSampler:
         self._cases = cases
         self._augment = Augmentation(size)
         self._batch_size = batch_size
-        self._seed = seed
+        self.seed = seed
         self._copies = copies
         self._classes = sorted({label for case in cases for label in case.slices_of})
 
@@ -145,7 +150,7 @@ class SliceSampler:
 
     def draws(self, number: int) -> list[Draw]:
         """What batch ``number`` is made of."""
-        random = np.random.default_rng([self._seed, number])
+        random = np.random.default_rng([self.seed, number])
         return [self._draw(random) for _ in range(self._batch_size)]
 
     def load(self, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -153,7 +158,7 @@ class SliceSampler:
         image, label = draw.case.image(draw.index), draw.case.label(draw.index)
         if draw.copy is None:
             return image, label
-        name = f"{self._seed} {draw.case.id} {draw.index} {draw.copy}"
+        name = f"{self.seed} {draw.case.view_key} {draw.index} {draw.copy}"
         return self._augment(image, label, seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
 
     def _draw(self, random: np.random.Generator) -> Draw:
@@ -185,21 +190,28 @@ def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) 
     view = ModelView(volume, window, context=0, size=size)
     turned = view.turn.forward(mask)
     channels = 3 if volume.is_colour else 1
-    images = np.stack([np.rint(view.image(i)[:channels].numpy() * 255).astype(np.uint8) for i in range(len(view))])
+    images = np.stack([(view.image(i)[:channels] * LEVELS).round().byte().numpy() for i in range(len(view))])
     frames = [view.frame.mask_to_model(take_slice(turned, view.axis, i)) for i in range(len(view))]
     _save(stem.with_suffix(".images.npy"), images)
     _save(stem.with_suffix(".labels.npy"), np.stack(frames))
     shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
-    remark = "" if report.clean else str(report)
-    write_json(stem.with_suffix(".json"), {"case": case.id, "remark": remark, "slices_of": shown})
+    record = {
+        "case": case.id,
+        "remark": "" if report.clean else str(report),
+        "slices_of": shown,
+        "digest": volume.digest,
+        "axis": view.axis,
+    }
+    write_json(stem.with_suffix(".json"), record)
 
 
-def _open(case_id: str, stem: Path, context: int) -> PreparedCase:
+def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> PreparedCase:
     record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    seen = view_key(record["digest"], window, context, size, record["axis"])
     images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
     labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
     slices_of = {int(label): indices for label, indices in record["slices_of"].items()}
-    return PreparedCase(case_id, stem.name, images, labels, slices_of, context, record["remark"])
+    return PreparedCase(case_id, stem.name, seen, images, labels, slices_of, context, record["remark"])
 
 
 def _save(path: Path, array: np.ndarray) -> None:

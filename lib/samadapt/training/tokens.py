@@ -1,56 +1,38 @@
-"""What enters the first trainable block, computed once for every slice and augmented copy, and kept on disk.
+"""What enters the first trainable block, computed once for every slice and augmented copy.
 
 Everything before that block is frozen, so a training that meets a slice again need not run it again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samadapt.files import cache_path
+from samadapt.data.slice_cache import SliceCache
+from samadapt.encoding import SliceEncoder
 from samadapt.model import AdaptedModel
-from samadapt.training.slices import Draw, PreparedCase, SliceSampler, stack
-
-LARGEST = 4 * 2**30
-"""Bytes that the files of one project may take; draws beyond are computed each time."""
-
-LEAST_FREE = 2 * 2**30
-"""Bytes that stay free on the disk."""
+from samadapt.training.slices import Draw, SliceSampler, stack
 
 
-class TokenCache:
-    """Tokens and labels of draws, each in a safetensors file of its own (float16 and uint8).
+class TokenSource:
+    """Batches of tokens and labels for draws.
 
     Args:
         model: on its device; only its frozen first part is used.
         sampler: reads and augments slices.
-        folder: of the files; those of other models and of cases that are gone are removed.
-        cases: all cases of this training.
+        cache: where tokens and labels are looked up and kept. Tokens of plain slices are those that inference uses.
     """
 
-    def __init__(self, model: AdaptedModel, sampler: SliceSampler, folder: Path, cases: Sequence[PreparedCase]) -> None:
-        self._model = model
+    def __init__(self, model: AdaptedModel, sampler: SliceSampler, cache: SliceCache) -> None:
+        self._encoder = SliceEncoder(model, cache)
         self._sampler = sampler
+        self._cache = cache
         self._device = next(model.parameters()).device
-        self._folders = {case.key: folder / _name(case, model) for case in cases}
-        if folder.is_dir():
-            for stale in set(folder.iterdir()) - set(self._folders.values()):
-                shutil.rmtree(stale, ignore_errors=True)
-        for own in self._folders.values():
-            own.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._bytes = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
 
     def batch(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        """Tokens (B,...) in the device's working precision and labels (B,S,S) int64, both on the model's device."""
+        """Tokens (B,...) float32 and labels (B,S,S) int64, both on the model's device."""
         found = {draw: pair for draw in draws if (pair := self._read(draw)) is not None}
         if missing := [draw for draw in dict.fromkeys(draws) if draw not in found]:
             found |= self._compute(missing)
@@ -59,34 +41,22 @@ class TokenCache:
 
     def _compute(self, draws: Sequence[Draw]) -> dict[Draw, tuple[Tensor, Tensor]]:
         images, labels = stack(self._sampler.load(draw) for draw in draws)
-        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            tokens = self._model.tokens(images.to(self._device)).to(torch.float16).cpu()
+        tokens = self._encoder.tokens(images)
         computed = dict(zip(draws, zip(tokens, labels.to(torch.uint8), strict=True), strict=True))
-        if self._bytes < LARGEST and shutil.disk_usage(self._folder).free > LEAST_FREE:
-            for draw, pair in computed.items():
-                self._write(self._path(draw), *pair)
+        for draw, (own_tokens, label) in computed.items():
+            self._cache.put(self._tokens_key(draw), own_tokens)
+            self._cache.put(self._label_key(draw), label)
         return computed
 
-    def _write(self, path: Path, tokens: Tensor, label: Tensor) -> None:
-        with cache_path(path) as temporary:
-            save_file({"tokens": tokens.contiguous(), "label": label.contiguous()}, temporary)
-        self._bytes += path.stat().st_size
-
     def _read(self, draw: Draw) -> tuple[Tensor, Tensor] | None:
-        path = self._path(draw)
-        try:
-            tensors = load_file(path)
-            return tensors["tokens"], tensors["label"]
-        except (SafetensorError, OSError, KeyError):
-            return None  # not there, or damaged: computed anew
+        tokens, label = self._cache.get(self._tokens_key(draw)), self._cache.get(self._label_key(draw))
+        return None if tokens is None or label is None else (tokens, label)
 
-    def _path(self, draw: Draw) -> Path:
-        copy = "plain" if draw.copy is None else draw.copy
-        return self._folders[draw.case.key] / f"{draw.index}-{copy}.safetensors"
+    def _tokens_key(self, draw: Draw) -> str:
+        return self._encoder.tokens_key(draw.case.view_key, draw.index) + self._copy(draw)
 
+    def _label_key(self, draw: Draw) -> str:
+        return f"label {draw.case.key} {draw.index}" + self._copy(draw)
 
-def _name(case: PreparedCase, model: AdaptedModel) -> str:
-    """Changes with the slices and everything else that tokens depend on."""
-    info = model.info
-    parts = [case.key, case.id, case.context, info.weights_sha256, info.recipe.seed, model.first_trainable_block]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+    def _copy(self, draw: Draw) -> str:
+        return "" if draw.copy is None else f" copy {self._sampler.seed}-{draw.copy}"

@@ -1,0 +1,112 @@
+"""What is computed from slices, on disk: made once, found again by every process of the project, within a budget."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import diskcache
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LEAST_FREE = 2 * 2**30
+"""Bytes that stay free on the disk."""
+
+_UNUSABLE = (sqlite3.Error, diskcache.Timeout, OSError)
+
+
+class SliceCache:
+    """Tensors by key. Beyond the budget, those that were used longest ago are dropped.
+
+    Safe for several processes and threads. An entry that was damaged counts as missing; so does everything while the
+    disk cannot be used, because all entries can be computed again.
+
+    Args:
+        folder: of the entries; made with the first one.
+        gib: GiB that they may take together.
+    """
+
+    def __init__(self, folder: Path, gib: float) -> None:
+        self._folder = folder
+        self._budget = int(gib * 2**30)
+        self._lock = threading.Lock()
+        self._opened: diskcache.Cache | None = None
+
+    def get(self, key: str) -> Tensor | None:
+        """The tensor of an entry, as it was put; None where there is none."""
+        if self._opened is None and not self._folder.is_dir():
+            return None
+        try:
+            data, checksum = self._store().get(key, tag=True)
+            if not isinstance(data, bytes) or zlib.crc32(data) != checksum:
+                return None
+            return load(data)["tensor"]
+        except (SafetensorError, KeyError, ValueError):
+            return None
+        except _UNUSABLE as error:
+            self._give_up(error)
+            return None
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Keep a tensor, if there is room on the disk."""
+        data = save({"tensor": tensor.contiguous()})
+        try:
+            store = self._store()
+            if shutil.disk_usage(self._folder).free > LEAST_FREE + len(data):
+                store.set(key, data, tag=zlib.crc32(data))
+        except _UNUSABLE as error:
+            self._give_up(error)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is such an entry; it may turn out to be damaged."""
+        try:
+            return (self._opened is not None or self._folder.is_dir()) and key in self._store()
+        except _UNUSABLE as error:
+            self._give_up(error)
+            return False
+
+    def bytes_used(self) -> int:
+        """Bytes of all entries together."""
+        return self._store().volume() if self._folder.is_dir() else 0
+
+    def _store(self) -> diskcache.Cache:
+        with self._lock:
+            if self._opened is None:
+                self._opened = diskcache.Cache(
+                    str(self._folder),
+                    disk=_BytesAlone,
+                    size_limit=self._budget,
+                    eviction_policy="least-recently-used",
+                )
+            return self._opened
+
+    def _give_up(self, error: Exception) -> None:
+        """After a damaged index the cache begins anew; anything else (a full disk, a lock) may pass."""
+        damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+        logger.warning("%s: %s%s", self._folder, error, "; it is made anew" if damaged else "")
+        if damaged:
+            with self._lock:
+                self._opened = None
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _BytesAlone(diskcache.Disk):
+    """Bytes under text keys and nothing else, so that what somebody else put into the index is never unpickled."""
+
+    def get(self, key: Any, raw: bool) -> Any:
+        if not raw:
+            raise ValueError("a key that is no text")
+        return super().get(key, raw)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        if mode not in (diskcache.core.MODE_RAW, diskcache.core.MODE_BINARY):
+            raise ValueError("an entry that is no bytes")
+        return super().fetch(mode, filename, value, read)
