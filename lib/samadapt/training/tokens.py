@@ -33,24 +33,20 @@ class TokenSource:
 
     def batch(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """Tokens (B,...) float32 and labels (B,S,S) int64, both on the model's device."""
-        found = {draw: pair for draw in draws if (pair := self._read(draw)) is not None}
-        if missing := [draw for draw in dict.fromkeys(draws) if draw not in found]:
-            found |= self._compute(missing)
-        tokens, labels = stack(found[draw] for draw in draws)
-        return tokens.to(self._device).float(), labels.to(self._device).long()
-
-    def _compute(self, draws: Sequence[Draw]) -> dict[Draw, tuple[Tensor, Tensor]]:
-        images, labels = stack(self._sampler.load(draw) for draw in draws)
-        tokens = self._encoder.tokens(images)
-        computed = dict(zip(draws, zip(tokens, labels.to(torch.uint8), strict=True), strict=True))
-        for draw, (own_tokens, label) in computed.items():
-            self._cache.put(self._tokens_key(draw), own_tokens)
-            self._cache.put(self._label_key(draw), label)
-        return computed
-
-    def _read(self, draw: Draw) -> tuple[Tensor, Tensor] | None:
-        tokens, label = self._cache.get(self._tokens_key(draw)), self._cache.get(self._label_key(draw))
-        return None if tokens is None or label is None else (tokens, label)
+        different = list(dict.fromkeys(draws))
+        tokens = {draw: self._cache.get(self._tokens_key(draw)) for draw in different}
+        labels = {draw: self._cache.get(self._label_key(draw)) for draw in different}
+        loaded = {d: self._sampler.load(d) for d in different if tokens[d] is None or labels[d] is None}
+        for draw in [draw for draw in loaded if labels[draw] is None]:
+            labels[draw] = loaded[draw][1].to(torch.uint8)
+            self._cache.put(self._label_key(draw), labels[draw])
+        if missing := [draw for draw in loaded if tokens[draw] is None]:
+            computed = self._encoder.tokens(torch.stack([loaded[draw][0] for draw in missing]))
+            for draw, own in zip(missing, computed, strict=True):
+                tokens[draw] = own
+                self._cache.put(self._tokens_key(draw), own)
+        found = stack((tokens[draw], labels[draw]) for draw in draws)
+        return found[0].to(self._device).float(), found[1].to(self._device).long()
 
     def _tokens_key(self, draw: Draw) -> str:
         return self._encoder.tokens_key(draw.case.view_key, draw.index) + self._copy(draw)
