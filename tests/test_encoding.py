@@ -109,7 +109,9 @@ def test_slices_are_known_by_their_content(image, tmp_path, view):
     voxels = np.asarray(stored.dataobj).copy()
     voxels[3, 3, 3] += 1
     nib.save(nib.Nifti1Image(voxels, stored.affine), tmp_path / "one voxel.nii")
-    nib.save(nib.Nifti1Image(np.asarray(stored.dataobj), stored.affine * [[2], [1], [1], [1]]), tmp_path / "spacing.nii")
+    nib.save(
+        nib.Nifti1Image(np.asarray(stored.dataobj), stored.affine * [[2], [1], [1], [1]]), tmp_path / "spacing.nii"
+    )
     others = [
         key(tmp_path / "one voxel.nii"),
         key(tmp_path / "spacing.nii"),

@@ -51,28 +51,20 @@ class SliceEncoder:
         if self._cache is None:
             with working_precision(self._device):
                 return self._model.embed(view.images(indices).to(self._device)).float()
-        found = {index: self._cache.get(self._key(view, index)) for index in indices}
-        if missing := [index for index, embedding in found.items() if embedding is None]:
-            found |= self._embed(self._cache, view, missing)
-        return torch.stack([found[index] for index in indices]).to(self._device).float()
+        keys = [self._key(view, index) for index in indices]
+        found = self._cache.gather(keys, lambda missing: self._embed(view, [indices[n] for n in missing]))
+        return torch.stack(found).to(self._device).float()
 
     def has(self, view: ModelView, index: int) -> bool:
         """Whether the cache holds the embedding of a slice."""
         return self._cache is not None and self._key(view, index) in self._cache
 
-    def _embed(self, cache: SliceCache, view: ModelView, indices: Sequence[int]) -> dict[int, Tensor]:
-        tokens = {index: cache.get(self.tokens_key(view.key, index)) for index in indices}
-        if missing := [index for index, own in tokens.items() if own is None]:
-            computed = self.tokens(view.images(missing))
-            for index, own in zip(missing, computed, strict=True):
-                cache.put(self.tokens_key(view.key, index), own)
-                tokens[index] = own
-        batch = torch.stack([tokens[index] for index in indices]).to(self._device).float()
+    def _embed(self, view: ModelView, indices: Sequence[int]) -> Tensor:
+        assert self._cache is not None
+        keys = [self.tokens_key(view.key, index) for index in indices]
+        tokens = self._cache.gather(keys, lambda missing: self.tokens(view.images([indices[n] for n in missing])))
         with working_precision(self._device):
-            embeddings = self._model.embed_tokens(batch).to(KEPT).cpu()
-        for index, embedding in zip(indices, embeddings, strict=True):
-            cache.put(self._key(view, index), embedding)
-        return dict(zip(indices, embeddings, strict=True))
+            return self._model.embed_tokens(torch.stack(tokens).to(self._device).float()).to(KEPT).cpu()
 
     def _key(self, view: ModelView, index: int) -> str:
         return f"embedding {self._model.encoder_key()} {view.key} {index}"

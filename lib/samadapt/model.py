@@ -193,7 +193,7 @@ class AdaptedModel(nn.Module):
         digest = hashlib.sha256(self.frozen_key.encode())
         for name, parameter in sorted(adapter_parameters(self.backbone).items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy())
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:32]
 
     def describe(self, **changes: Any) -> None:

@@ -25,7 +25,9 @@ def cache(tmp_path):
     return SliceCache(tmp_path / "cache", gib=1)
 
 
-@pytest.mark.parametrize("value", [tensor(0), torch.arange(6, dtype=torch.uint8).view(2, 3), tensor(0, 0.1).view(2, -1).t()])
+@pytest.mark.parametrize(
+    "value", [tensor(0), torch.arange(6, dtype=torch.uint8).view(2, 3), tensor(0, 0.1).view(2, -1).t()]
+)
 def test_what_is_put_is_got_exactly(cache, tmp_path, value):
     assert cache.get("a") is None
     assert "a" not in cache
@@ -57,7 +59,7 @@ def test_the_budget_holds_and_what_was_used_last_stays(tmp_path):
 
 def test_a_damaged_entry_counts_as_missing_until_it_is_made_again(cache, tmp_path):
     cache.put("a", tensor(0))
-    (file,) = [path for path in (tmp_path / "cache").rglob("*.val")]
+    (file,) = (tmp_path / "cache").rglob("*.val")
     whole = file.read_bytes()
     for damaged in (whole[:-5], b"", whole[:-5] + b"12345"):
         file.write_bytes(damaged)

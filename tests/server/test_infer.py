@@ -23,7 +23,8 @@ class Published:
 
     def __init__(self, labels):
         self.learned = labels
-        self.volume = models.Models(AppConfig(), None).volume
+        self.volume = models.Models(AppConfig(), Project("nowhere")).volume
+        self.cache = None
 
     def trained(self):
         return self.learned is not None
@@ -50,7 +51,7 @@ def asked(monkeypatch):
     """Classes that ``segment`` was asked for; its mask holds value n in slice n of the model's own order."""
     calls = []
 
-    def segment(model, volume, classes=None, progress=None):
+    def segment(model, volume, classes=None, progress=None, cache=None):
         calls.append(classes)
         mask = np.zeros(volume.geometry.shape, np.uint8)
         for value, name in enumerate(model.info.labels.names, start=1):
@@ -100,11 +101,11 @@ def clicked(monkeypatch):
     """Prompts and slices that the click functions were asked for; they answer with everything."""
     calls = []
 
-    def segment_slice(model, volume, axis, index, prompts):
+    def segment_slice(model, volume, axis, index, prompts, cache):
         calls.append((index, prompts))
         return np.ones([size for a, size in enumerate(volume.geometry.shape) if a != axis][::-1], bool)
 
-    def segment_object(model, volume, prompts):
+    def segment_object(model, volume, prompts, cache):
         calls.append((None, prompts))
         return np.ones(volume.geometry.shape, bool)
 

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ class SliceCache:
                 store.set(key, data, tag=zlib.crc32(data))
         except _UNUSABLE as error:
             self._give_up(error)
+
+    def gather(self, keys: Sequence[str], compute: Callable[[list[int]], Iterable[Tensor]]) -> list[Tensor]:
+        """The tensors of ``keys``, in their order; what is missing is computed, once for each key, and put.
+
+        Args:
+            keys: may repeat.
+            compute: positions in ``keys`` -> the tensors that belong there.
+        """
+        positions = {key: n for n, key in reversed(list(enumerate(keys)))}
+        found = {key: tensor for key in positions if (tensor := self.get(key)) is not None}
+        if missing := [key for key in positions if key not in found]:
+            for key, tensor in zip(missing, compute([positions[key] for key in missing]), strict=True):
+                self.put(key, tensor)
+                found[key] = tensor
+        return [found[key] for key in keys]
 
     def __contains__(self, key: str) -> bool:
         """Whether there is such an entry; it may turn out to be damaged."""

@@ -13,7 +13,6 @@ from samadapt.data.slices import SliceFrame, slice_count, slice_stack
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window, default_window
 
-
 LEVELS = 255
 """A model sees so many steps of grey or colour: what training keeps on disk, and what SAM models were trained on."""
 

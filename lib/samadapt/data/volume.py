@@ -67,9 +67,9 @@ class Volume:
     @cached_property
     def digest(self) -> str:
         """Hex name of the content, voxels and grid; the same in every process, whatever the file's name or format."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.array), digest_size=16)
+        digest = hashlib.blake2b(np.ascontiguousarray(self.array).data, digest_size=16)
         digest.update(repr([self.array.shape, self.array.dtype.str]).encode())
-        digest.update(np.ascontiguousarray(self.geometry.affine, dtype=np.float64))
+        digest.update(self.geometry.affine.tobytes())
         return digest.hexdigest()
 
 

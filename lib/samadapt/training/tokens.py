@@ -5,6 +5,7 @@ Everything before that block is frozen, so a training that meets a slice again n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from samadapt.data.slice_cache import SliceCache
 from samadapt.encoding import SliceEncoder
 from samadapt.model import AdaptedModel
-from samadapt.training.slices import Draw, SliceSampler, stack
+from samadapt.training.slices import Draw, SliceSampler
 
 
 class TokenSource:
@@ -33,20 +34,17 @@ class TokenSource:
 
     def batch(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """Tokens (B,...) float32 and labels (B,S,S) int64, both on the model's device."""
-        different = list(dict.fromkeys(draws))
-        tokens = {draw: self._cache.get(self._tokens_key(draw)) for draw in different}
-        labels = {draw: self._cache.get(self._label_key(draw)) for draw in different}
-        loaded = {d: self._sampler.load(d) for d in different if tokens[d] is None or labels[d] is None}
-        for draw in [draw for draw in loaded if labels[draw] is None]:
-            labels[draw] = loaded[draw][1].to(torch.uint8)
-            self._cache.put(self._label_key(draw), labels[draw])
-        if missing := [draw for draw in loaded if tokens[draw] is None]:
-            computed = self._encoder.tokens(torch.stack([loaded[draw][0] for draw in missing]))
-            for draw, own in zip(missing, computed, strict=True):
-                tokens[draw] = own
-                self._cache.put(self._tokens_key(draw), own)
-        found = stack((tokens[draw], labels[draw]) for draw in draws)
-        return found[0].to(self._device).float(), found[1].to(self._device).long()
+        load = functools.cache(self._sampler.load)
+
+        def images(missing: list[int]) -> Tensor:
+            return self._encoder.tokens(torch.stack([load(draws[n])[0] for n in missing]))
+
+        def masks(missing: list[int]) -> list[Tensor]:
+            return [load(draws[n])[1].to(torch.uint8) for n in missing]
+
+        tokens = self._cache.gather([self._tokens_key(draw) for draw in draws], images)
+        labels = self._cache.gather([self._label_key(draw) for draw in draws], masks)
+        return torch.stack(tokens).to(self._device).float(), torch.stack(labels).to(self._device).long()
 
     def _tokens_key(self, draw: Draw) -> str:
         return self._encoder.tokens_key(draw.case.view_key, draw.index) + self._copy(draw)
