@@ -23,6 +23,7 @@ try:
     from samadapt.config import AppConfig
     from samadapt.errors import InputError
     from samadapt.project import Project
+    from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
@@ -63,7 +64,18 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source = LabelSource(self.settings.labels, folder, self.project)
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
+        self.strategy = "random"  # the host's default, until somebody asks for another
+        self.ahead = AheadOfNeed(self.models, self.upcoming, datastore.image_path, self.is_training)
         return datastore
+
+    def is_training(self):
+        return self.project.status().get("state") == "running"
+
+    def upcoming(self):
+        """Images that will be asked for, the next one first; of a PACS only what somebody has opened."""
+        if isinstance(self.datastore(), SafeDicomDatastore):
+            return []
+        return self._strategies[self.strategy].order(self.strategy, self.datastore())
 
     def init_infers(self):
         return {
@@ -88,6 +100,19 @@ class SamAdaptApp(MONAILabelApp):
             from samadapt.server import guards
 
             guards.install(sys.modules["monailabel.app"].app, self)
+            if self.settings.embed_ahead:
+                self.ahead.start()
+
+    def info(self):
+        return {**super().info(), "embedded_ahead": self.ahead.progress()}
+
+    def next_sample(self, request):
+        """As the base class's; the image that it names is encoded while the viewer loads it."""
+        sample = super().next_sample(request)
+        if sample:
+            self.strategy = request.get("strategy") or self.strategy
+            self.ahead.first(sample["id"])
+        return sample
 
     def infer(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
         """As the base class's, except that no path from outside is opened: an image is an id or an upload."""
@@ -98,7 +123,11 @@ class SamAdaptApp(MONAILabelApp):
         store = datastore or self.datastore()
         image = str(request["image"])
         uploaded = is_upload(image, self._sessions.store_path if self._sessions else None)
-        file, params = task({**request, "image": image if uploaded else store.image_path(image)})
+        path = image if uploaded else store.image_path(image)
+        with self.ahead.giving_way():
+            file, params = task({**request, "image": path})
+        if not uploaded:
+            self.ahead.first(image)
         label = file
         if flag(request, "save_label", default=False) and not uploaded:
             named = [{"name": name, "idx": index} for name, index in params["label_names"].items()]

@@ -242,6 +242,44 @@ def _infer_one(
 
 
 @app.command()
+def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
+    """Encode every image ahead of time, so that clicks and masks come sooner. Stop and go on whenever you like."""
+    config = AppConfig.from_strings(_settings(conf))
+    cases, project = _open(studies)
+    from samadapt.data.volume import read_volume
+    from samadapt.inference.ahead import embed_volume
+    from samadapt.server.models import Models
+
+    failed: list[dict[str, Any]] = []
+    encoded = 0
+    with terminal(as_json=as_json) as out:
+        with out.bar("loading the model") as update:
+            models = Models(config, project)
+            served = models.current()
+            for number, case in enumerate(cases, start=1):
+                update(description=f"{case.id} ({number} of {len(cases)})", completed=0)
+
+                def show(done: int, total: int) -> None:
+                    update(completed=done, total=total)
+
+                try:
+                    encoded += embed_volume(served.model, read_volume(case.image), models.cache, show)
+                except InputError as error:
+                    failed.append({"id": case.id, **error.to_dict()})
+                    out.note(f"{case.id}: {error}")
+        gib = models.cache.bytes_used() / 2**30
+        value = {"model": served.version, "images": len(cases), "slices_encoded": encoded, "cache_gib": gib}
+        full = "" if models.cache.filled() < 0.9 else " It is full: raise --conf cache_gib, or the oldest go."
+        ending = (
+            f"{encoded} slices of {len(cases)} images encoded for the model {served.version}; "
+            f"the cache has {gib:.2f} of {config.cache_gib:g} GiB.{full}"
+        )
+        out.result({**value, "failed": failed}, ending)
+    if failed:
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command()
 def evaluate(
     studies: Studies,
     model: Model = None,

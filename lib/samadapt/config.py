@@ -68,6 +68,12 @@ def _context(text: str) -> int | None:
     return None if text == "auto" else _number(0, 1)(text)
 
 
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("'true' or 'false' is needed.")
+    return text == "true"
+
+
 def _label_map(text: str) -> LabelMap:
     from samadapt.data.labels import LabelMap  # numpy, which the terminal's --help must not wait for
 
@@ -122,6 +128,11 @@ class AppConfig:
         metadata=_about(
             "GiB of disk for what the encoder made of slices; the oldest goes first", _number(0.1, 10**5, float)
         ),
+    )
+
+    embed_ahead: bool = field(
+        default=True,
+        metadata=_about("true or false: the server encodes the next images while nobody waits", _switch),
     )
 
     @classmethod

@@ -91,7 +91,15 @@ class SliceCache:
 
     def bytes_used(self) -> int:
         """Bytes of all entries together."""
-        return self._store().volume() if self._folder.is_dir() else 0
+        try:
+            return self._store().volume() if self._folder.is_dir() else 0
+        except _UNUSABLE as error:
+            self._give_up(error)
+            return 0
+
+    def filled(self) -> float:
+        """Share of the budget that is used."""
+        return self.bytes_used() / self._budget
 
     def _store(self) -> diskcache.Cache:
         with self._lock:

@@ -59,6 +59,11 @@ class Models:
         """Whether a model that has learned labels is published. Cheap."""
         return self._project.published() is not None
 
+    def version(self) -> str:
+        """Name of the published model, ``"plain"`` before the first. Cheap."""
+        published = self._project.published()
+        return published.stem if published else PLAIN
+
     def current(self) -> Served:
         """The published model, or the plain backbone before anything was published.
 

@@ -1,0 +1,126 @@
+"""Encodes the images that annotators will see next, while nobody waits for an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from samadapt.data.volume import read_volume
+from samadapt.errors import SamAdaptError
+from samadapt.inference.ahead import embed_volume
+from samadapt.server.models import Models
+
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 2.0
+"""So long after the last request annotators count as gone for the moment."""
+
+LOOK_SECONDS = 1.0
+REMEMBERED = 8
+"""Images that were on somebody's screen lately."""
+
+FULL = 0.9
+"""Share of the cache's budget beyond which nothing is encoded ahead: it would push out what it has just made."""
+
+
+class AheadOfNeed:
+    """A background thread that fills the cache, the next samples first, and gives way to everybody.
+
+    Args:
+        models: who answers, and the cache.
+        images: ids of the images to come, the most needed first.
+        path_of: image id -> file.
+        training: whether a training runs; it needs the whole machine.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        images: Callable[[], list[str]],
+        path_of: Callable[[str], str],
+        training: Callable[[], bool],
+    ) -> None:
+        self._models = models
+        self._images = images
+        self._path_of = path_of
+        self._training = training
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._last_request = time.monotonic()
+        self._asked: list[str] = []
+        self._done: set[tuple[str, str]] = set()
+        self._record: dict[str, Any] = {"image": None, "slices_done": 0, "slices": 0}
+
+    def start(self) -> None:
+        """Begin; the thread ends with the process."""
+        threading.Thread(target=self._run, name="ahead-of-need", daemon=True).start()
+
+    @contextlib.contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """While inside, and shortly afterwards, nothing new is encoded."""
+        with self._lock:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                self._last_request = time.monotonic()
+
+    def first(self, image: str) -> None:
+        """This image is on somebody's screen now."""
+        with self._lock:
+            self._asked = [image, *(other for other in self._asked if other != image)][:REMEMBERED]
+
+    def progress(self) -> dict[str, Any]:
+        """For ``GET /info/``: images done and in all, and the slices of the one at hand."""
+        images = self._images()
+        version = self._models.version()
+        done = sum((image, version) in self._done for image in images)
+        return {"images_done": done, "images": len(images), **self._record}
+
+    def _run(self) -> None:
+        while True:
+            image = self._next()
+            if image is None:
+                time.sleep(LOOK_SECONDS)
+                continue
+            try:
+                self._embed(image)
+            except (SamAdaptError, OSError) as error:
+                logger.warning("%s is not encoded ahead: %s", image, error)
+            except Exception:
+                logger.exception("%s is not encoded ahead", image)
+            self._done.add((image, self._models.version()))
+
+    def _next(self) -> str | None:
+        if not self._quiet() or self._models.cache.filled() > FULL:
+            return None
+        version = self._models.version()
+        with self._lock:
+            asked = list(self._asked)
+        return next((image for image in [*asked, *self._images()] if (image, version) not in self._done), None)
+
+    def _embed(self, image: str) -> None:
+        volume = read_volume(self._path_of(image))  # not by way of ``Models``, whose memory is the annotators'
+
+        def show(done: int, total: int) -> None:
+            self._record = {"image": image, "slices_done": done, "slices": total}
+
+        for served in {served.version: served for served in (self._models.current(), self._models.prompted())}.values():
+            embed_volume(served.model, volume, self._models.cache, show, self._wait)
+
+    def _wait(self) -> None:
+        while not self._quiet():
+            time.sleep(LOOK_SECONDS / 4)
+
+    def _quiet(self) -> bool:
+        with self._lock:
+            recently = time.monotonic() - self._last_request < QUIET_SECONDS
+            if self._waiting or recently:
+                return False
+        return not self._training()

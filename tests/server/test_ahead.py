@@ -1,0 +1,130 @@
+"""Encoding ahead: the next sample first, never in anybody's way, anew for a new model, and back after a failure."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from samadapt import recipes
+from samadapt.data.slice_cache import SliceCache
+from samadapt.data.view import ModelView
+from samadapt.data.volume import read_volume
+from samadapt.encoding import SliceEncoder
+from samadapt.server import ahead
+from tiny import BACKBONES, write_phantom
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Serving:
+    """``Models`` with a tiny backbone and a version that a test may change."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.name = "plain"
+        self.model = recipes.build("lora_late", ("a",), BACKBONES["per_head"]())
+
+    def version(self):
+        return self.name
+
+    def current(self):
+        return SimpleNamespace(model=self.model, version=self.name)
+
+    prompted = current
+
+
+@pytest.fixture
+def serving(tmp_path):
+    return Serving(SliceCache(tmp_path / "cache", gib=1))
+
+
+@pytest.fixture
+def images(tmp_path) -> dict[str, Path]:
+    paths = {name: tmp_path / f"{name}.nii.gz" for name in ("one", "two", "three")}
+    for seed, path in enumerate(paths.values()):
+        write_phantom(path, seed)
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(ahead, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(ahead, "LOOK_SECONDS", 0.02)
+
+
+@pytest.fixture
+def training():
+    return []
+
+
+@pytest.fixture
+def working(serving, images, training):
+    return ahead.AheadOfNeed(serving, lambda: list(images), lambda name: str(images[name]), lambda: bool(training))
+
+
+def encoded(serving, path) -> int:
+    info = serving.model.info
+    view = ModelView(read_volume(path), info.window, info.context, info.image_size)
+    return sum(SliceEncoder(serving.model, serving.cache).has(view, index) for index in range(len(view)))
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_every_image_is_encoded_and_progress_says_so(working, serving, images):
+    assert working.progress()["images_done"] == 0
+    working.start()
+    wait_for(lambda: working.progress()["images_done"] == 3)
+    assert all(encoded(serving, path) == 6 for path in images.values())
+    assert working.progress() == {"images_done": 3, "images": 3, "image": "three", "slices_done": 6, "slices": 6}
+
+
+def test_what_is_on_somebody_s_screen_comes_first(working, serving, images):
+    order = []
+    working._embed = order.append
+    working.first("two")
+    working.first("three")
+    working.start()
+    wait_for(lambda: len(order) == 3)
+    assert order == ["three", "two", "one"]
+
+
+def test_it_gives_way_to_requests_and_trainings(working, serving, images, training):
+    with working.giving_way():
+        working.start()
+        time.sleep(0.3)
+        assert not any(encoded(serving, path) for path in images.values())
+        training.append("one that runs")
+    time.sleep(0.3)
+    assert not any(encoded(serving, path) for path in images.values())
+    training.clear()
+    wait_for(lambda: working.progress()["images_done"] == 3)
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(working, serving, images, caplog):
+    images["one"].write_bytes(b"no gzip")
+    working.start()
+    wait_for(lambda: encoded(serving, images["three"]) == 6)
+    assert "one is not encoded ahead" in caplog.text
+
+
+def test_a_new_version_is_encoded_anew(working, serving, images):
+    working.start()
+    wait_for(lambda: working.progress()["images_done"] == 3)
+    serving.name = "v0001"
+    assert working.progress()["images_done"] == 0
+    wait_for(lambda: working.progress()["images_done"] == 3)
+
+
+def test_a_full_cache_is_not_turned_over(working, serving, images, monkeypatch):
+    monkeypatch.setattr(serving.cache, "filled", lambda: 0.95)
+    working.start()
+    time.sleep(0.3)
+    assert not any(encoded(serving, path) for path in images.values())
