@@ -16,6 +16,7 @@ from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 
 from samadapt.backbones.base import EMBED_DIM, AttentionLayer, Backbone, ImageEncoder, PixelNorm, QKVLayout
+from samadapt.backbones.sam_attention import fuse
 
 PATCH = 16
 
@@ -75,6 +76,8 @@ def build_sam_vit(
         window_size=window,
         global_attn_indexes=tuple(global_blocks),
     )
+    for own in encoder.blocks:
+        fuse(own)
     layout = QKVLayout(heads, dim // heads, "fused")
     return Backbone(
         name=name,

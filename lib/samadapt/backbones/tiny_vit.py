@@ -18,6 +18,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from samadapt.backbones.base import AttentionLayer, Backbone, ImageEncoder, PixelNorm, QKVLayout
+from samadapt.backbones.windows import attend_in_windows
 
 Stem = Literal["pointwise", "strided"]
 
@@ -129,8 +130,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(windows, rows, columns, dim) -> the same shape: the upper left part of windows that else hold zeros.
 
-        All zeros of a window have the same key and value, so they are one key here, whose bias is the logarithm of
-        the sum of their exponentials. This is exact, and a window costs no more than the tokens in it.
+        The zeros enter before the norm, as in the published models; see ``samadapt.backbones.windows``.
         """
         windows, rows, columns, dim = shape = x.shape
         tokens = rows * columns
@@ -187,42 +187,10 @@ class TinyViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.permute(0, 2, 3, 1)
-        tokens = tokens + self._attend(tokens)
+        tokens = tokens + attend_in_windows(tokens, self.attn.window, self.attn)
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         tokens = tokens + self.mlp(tokens)
         return tokens.permute(0, 3, 1, 2)
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        """(B,H,W,dim) -> same, in windows from the upper left; those that cross an edge are filled up with zeros.
-
-        The zeros enter before the norm, as in the published models.
-        """
-        strips = []
-        for strip, rows in _cut(tokens, 1, self.attn.window):
-            parts = [self._attend_windows(part, rows, columns) for part, columns in _cut(strip, 2, self.attn.window)]
-            strips.append(_join(parts, 2))
-        return _join(strips, 1)
-
-    def _attend_windows(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """(B,H,W,dim) -> same; H and W are multiples of the windows' ``rows`` and ``columns``."""
-        batch, height, width, dim = tokens.shape
-        grid = (height // rows, width // columns)
-        windows = tokens.reshape(batch, grid[0], rows, grid[1], columns, dim).transpose(2, 3)
-        attended = self.attn(windows.reshape(-1, rows, columns, dim))
-        return attended.view(batch, *grid, rows, columns, dim).transpose(2, 3).reshape(tokens.shape)
-
-
-def _cut(tokens: Tensor, dim: int, window: int) -> list[tuple[Tensor, int]]:
-    """The part that holds whole windows and the rest, each with the length of its windows along ``dim``."""
-    length = tokens.shape[dim]
-    whole = length - length % window
-    sizes = [(whole, window), (length - whole, length - whole)]
-    parts = tokens.split([size for size, _ in sizes], dim)
-    return [(part, side) for part, (size, side) in zip(parts, sizes, strict=True) if size]
-
-
-def _join(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class Stage(nn.Module):
