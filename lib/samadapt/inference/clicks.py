@@ -40,7 +40,8 @@ SMALLEST_PATCH = 5 / 256
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
-REMEMBERED_VIEWS, REMEMBERED_SLICES = 2, 64
+REMEMBERED_VIEWS, REMEMBERED_SLICES, REMEMBERED_ANSWERS = 2, 64, 24
+"""How much stays in memory: volumes, embeddings of each, and answers of the decoder, which corrections need again."""
 
 LEAST_IOU, LEAST_OVERLAP = 0.5, 0.4
 AREA_CHANGE = (0.35, 2.2)
@@ -145,6 +146,7 @@ class _Scene:
         self._native_axis = next(a for a in range(3) if int(self.view.turn.steps[a][0]) == self.view.axis)
         self._device = next(model.parameters()).device
         self._embeddings: OrderedDict[int, Tensor] = OrderedDict()
+        self._answers: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._size = info.image_size
         self._cells = model.backbone.mask_size
 
@@ -239,6 +241,14 @@ class _Scene:
 
     def _decode(self, boxes: list[Box], clicks: _Clicks) -> tuple[Tensor, Tensor]:
         """Fields (N,m,m) and predicted IoU (N,). Only a model that was trained on clicks is shown them."""
+        shown = (clicks.index, *boxes, *((*clicks.inside, None, *clicks.outside) if self._model.info.trained else ()))
+        if shown not in self._answers:
+            self._answers[shown] = self._decode_anew(boxes, clicks)
+            if len(self._answers) > REMEMBERED_ANSWERS:
+                self._answers.popitem(last=False)
+        return self._answers[shown]
+
+    def _decode_anew(self, boxes: list[Box], clicks: _Clicks) -> tuple[Tensor, Tensor]:
         points = labels = None
         if self._model.info.trained and (clicks.inside or clicks.outside):
             xy = torch.tensor([*clicks.inside, *clicks.outside], dtype=torch.float32, device=self._device)
