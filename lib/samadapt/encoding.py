@@ -37,7 +37,7 @@ class SliceEncoder:
 
     def tokens_key(self, view_key: str, index: int) -> str:
         """Under which the cache keeps the tokens of one slice."""
-        return f"tokens {self._model.frozen_key} {view_key} {index}"
+        return f"{self._model.frozen_key} {view_key} {index}"
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
@@ -67,4 +67,4 @@ class SliceEncoder:
             return self._model.embed_tokens(torch.stack(tokens).to(self._device).float()).to(KEPT).cpu()
 
     def _key(self, view: ModelView, index: int) -> str:
-        return f"embedding {self._model.encoder_key()} {view.key} {index}"
+        return f"{self._model.encoder_key()} {view.key} {index}"

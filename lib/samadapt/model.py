@@ -120,6 +120,7 @@ class AdaptedModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.info = info
         self.first_trainable_block = inject_lora(backbone, info.recipe.adapter, info.recipe.seed)
+        self._encoder_frozen = False
         self._merged_key: str | None = None
         self.head = SamDecoderHead(backbone.mask_decoder, len(info.labels.names), seed=info.recipe.seed)
 
@@ -128,12 +129,15 @@ class AdaptedModel(nn.Module):
         return self.backbone.embed(images)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B,3,S,S) in [0,1] -> what enters the first trainable block: no training changes it."""
-        return self.backbone.tokens(images, self.first_trainable_block)
+        """(B,3,S,S) in [0,1] -> what enters the first trainable block, or the frozen encoder's embedding (B,256,g,g).
+
+        No training changes it.
+        """
+        return self.embed(images) if self._encoder_frozen else self.backbone.tokens(images, self.first_trainable_block)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """What ``tokens`` gave -> (B,256,g,g)."""
-        return self.backbone.embed_tokens(tokens, self.first_trainable_block)
+        return tokens if self._encoder_frozen else self.backbone.embed_tokens(tokens, self.first_trainable_block)
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """(B,256,g,g) -> (B,K+1,4g,4g), background first, without any prompt."""
@@ -172,9 +176,25 @@ class AdaptedModel(nn.Module):
         return self.class_logits(self.embed(images))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that training may change, by name; all others stay byte for byte those of the base."""
+        """Every parameter that training may change, by name; all others stay byte for byte those of the base.
+
+        Those that do not require gradients stay as they are for now (``freeze_encoder``).
+        """
         adapter = {f"backbone.{name}": p for name, p in adapter_parameters(self.backbone).items()}
         return adapter | {f"head.{name}": p for name, p in self.head.named_parameters()}
+
+    def freeze_encoder(self) -> None:
+        """Leave the adapter as it is from now on; only the head gets gradients."""
+        self._set_frozen(True)
+
+    def release_encoder(self) -> None:
+        """Undo ``freeze_encoder``."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self._encoder_frozen = frozen
+        for parameter in adapter_parameters(self.backbone).values():
+            parameter.requires_grad_(not frozen)
 
     def merge(self) -> None:
         """Fold the adapter into plain encoder weights, in place, for inference at the base model's cost."""
@@ -184,17 +204,19 @@ class AdaptedModel(nn.Module):
     @property
     def frozen_key(self) -> str:
         """Names what ``tokens`` computes; the same for every version that was trained with one recipe on one base."""
-        return f"{self.info.weights_sha256[:16]}-{self.first_trainable_block}"
+        if self._encoder_frozen:
+            return self.encoder_key()
+        return f"tokens {self.info.weights_sha256[:16]}-{self.first_trainable_block}"
 
     def encoder_key(self) -> str:
         """Names what ``embed`` computes; changes with every training step."""
         if self._merged_key is not None:
             return self._merged_key
-        digest = hashlib.sha256(self.frozen_key.encode())
+        digest = hashlib.sha256(self.info.weights_sha256.encode())
         for name, parameter in sorted(adapter_parameters(self.backbone).items()):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:32]
+        return f"embedding {digest.hexdigest()[:32]}"
 
     def describe(self, **changes: Any) -> None:
         """Replace fields of ``info``."""

@@ -20,6 +20,7 @@ from samadapt.encoding import working_precision
 from samadapt.errors import StateError
 from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
+from samadapt.recipes import Recipe
 from samadapt.training import checkpoint
 from samadapt.training.losses import class_loss, prompt_loss
 from samadapt.training.slices import Draw, PreparedCase, SliceSampler
@@ -48,10 +49,12 @@ class Budget:
     Attributes:
         seconds: wall-clock time of the loop, over all resumed parts.
         steps: optimiser steps.
+        rounds: parts that it is divided into; each ends with a check.
     """
 
     seconds: float
     steps: int
+    rounds: int = ROUNDS
 
     def used(self, seconds: float, steps: int) -> float:
         """Share of the budget that is used, 0..1."""
@@ -97,6 +100,7 @@ class Trainer:
         cache: of tokens.
         fingerprint: changes with anything that makes an old checkpoint useless.
         report: called often with ``Progress``; cheap.
+        copies: see ``SliceSampler``; None takes the recipe's.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trainer:
         cache: SliceCache,
         fingerprint: str,
         report: Callable[[Progress], None],
+        copies: int | None = None,
     ) -> None:
         recipe = model.info.recipe
         self._model = model
@@ -119,10 +124,12 @@ class Trainer:
         self._fingerprint = fingerprint
         self._report = report
         size = model.info.image_size
-        self._sampler = SliceSampler(training, size, recipe.batch_size, recipe.seed, recipe.copies)
+        self._sampler = SliceSampler(
+            training, size, recipe.batch_size, recipe.seed, recipe.copies if copies is None else copies
+        )
         self._tokens = TokenSource(model, self._sampler, cache)
-        self._parameters = model.trainable()
-        self._optimizer = torch.optim.AdamW(_groups(model), fused=True)
+        self._parameters = {name: p for name, p in model.trainable().items() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(_groups(self._parameters, recipe), fused=True)
         self._device = next(model.parameters()).device
         self._started = 0.0
         self.progress = Progress()
@@ -148,6 +155,11 @@ class Trainer:
             self._model.load_trained(self._best)
         self._model.eval()
         return self.progress
+
+    def resumable(self) -> bool:
+        """Whether ``run`` would go on where an earlier process was stopped."""
+        state = checkpoint.peek(self._checkpoint)
+        return state is not None and state.get("fingerprint") == self._fingerprint
 
     def forget(self) -> None:
         """Remove the checkpoint: the training is over and its result is safe."""
@@ -187,7 +199,7 @@ class Trainer:
             )
         progress.step += 1
         progress.loss = loss if progress.loss is None else 0.9 * progress.loss + 0.1 * loss
-        if self._used() >= min(1.0, (progress.round + 1) / ROUNDS):
+        if self._used() >= min(1.0, (progress.round + 1) / self._budget.rounds):
             self._finish_round()
             if self._used() >= 1 or self._hopeless():
                 engine.terminate()
@@ -195,7 +207,7 @@ class Trainer:
 
     def _finish_round(self) -> None:
         progress = self.progress
-        progress.round = max(progress.round + 1, int(self._used() * ROUNDS))
+        progress.round = max(progress.round + 1, int(self._used() * self._budget.rounds))
         due = progress.checking < VALIDATION_SHARE * self._seconds() or self._used() >= 1
         scores = self._validate() if due else {}
         found = mean(scores.values()) if scores else None
@@ -213,9 +225,10 @@ class Trainer:
 
     def _resume(self) -> None:
         state = checkpoint.peek(self._checkpoint)
-        if state is None or state.pop("fingerprint", None) != self._fingerprint:
+        if state is None or not self.resumable():
             self.forget()
             return
+        del state["fingerprint"]
         checkpoint.restore(self._checkpoint, self._parameters, self._optimizer)
         self.progress = Progress(**{**state, "resumed": state["step"]})
 
@@ -244,18 +257,17 @@ def _schedule(used: float, warmup: float) -> float:
     return max(0.5 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))), 0.01)
 
 
-def _groups(model: AdaptedModel) -> list[dict[str, Any]]:
+def _groups(parameters: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
     """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them."""
-    recipe = model.info.recipe
     rates = {"head.classes.": recipe.head_learning_rate, "head.prompted.": recipe.prompt_learning_rate}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.trainable().items():
+    for name, parameter in parameters.items():
         rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), recipe.learning_rate)
         matrix = parameter.ndim >= 2 and "token" not in name
         groups.setdefault((rate, recipe.weight_decay if matrix else 0.0), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), members in groups.items()
     ]
 
 

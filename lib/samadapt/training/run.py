@@ -23,9 +23,9 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window, choose_window
 from samadapt.errors import SamAdaptError, StateError
-from samadapt.files import sha256_of
 from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
+from samadapt.training import preview
 from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
@@ -107,7 +107,7 @@ def train(
     with _alone(project):
         log = _Status(project, progress)
         try:
-            return _train([case for case in cases if case.label], labels, config, project, log)
+            return _Training([case for case in cases if case.label], labels, config, project, log).run()
         except SamAdaptError as error:
             log.end("failed", str(error))
             raise
@@ -116,57 +116,151 @@ def train(
             raise
 
 
-def _train(cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status) -> TrainResult:
-    if not cases:
-        raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
-    training, held_out = Ledger(project.ledger).split(cases)
-    if not training:
-        training, held_out = held_out, []
-    log.phase("reading the labelled cases")
-    recipe = recipes.get(config.recipe)
-    if config.context is not None:
-        recipe = dataclasses.replace(recipe, context=config.context)
-    plan = _plan(training, labels, config)
-    model = _model(labels, recipe, config, plan)
-    start = _starting_point(project, model)
-    if start is not None:
-        model.load_trained(start)
-    prepared = prepare(
-        [*training, *held_out],
-        labels,
-        plan.window,
-        recipe.context,
-        plan.image_size,
-        project.training / "slices",
-        lambda done, total: log.phase(f"preparing case {done} of {total}"),
-    )
-    _refuse_empty(prepared[: len(training)], labels)
-    remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
-    for remark in remarks:
-        log.phase(remark)
-    cache = SliceCache(project.cache, config.cache_gib)
-    trainer = Trainer(
-        model,
-        prepared[: len(training)],
-        prepared[len(training) :],
-        Budget(config.max_train_minutes * 60, config.max_steps),
-        project.training,
-        cache,
-        _fingerprint(prepared, model, start),
-        log.step,
-    )
-    done = trainer.run()
-    log.phase("measuring on the held-out cases")
-    model.describe(trained=True)
-    scores = mean_dice(model, held_out, labels, cache)
-    objects = held_out or training
-    clicks = compare_clicks(model, objects, labels, config, lambda n, of: log.phase(f"clicking on object {n} of {of}"))
-    candidate = _save(model, project, training, held_out, done, scores, clicks)
-    published, reason = judge(candidate, scores, held_out, labels, config, project, cache)
-    trainer.forget()
-    remarks += [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
-    log.end("done", reason, dice=scores, published=published, model=candidate.name, remarks=remarks)
-    return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds, remarks)
+class _Training:
+    """What the steps of one training share.
+
+    Args:
+        cases: labelled ones.
+        labels: the classes to learn.
+        config: recipe, backbone, budget.
+        project: where everything is kept.
+        log: told of every step.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], labels: LabelMap, config: AppConfig, project: Project, log: _Status
+    ) -> None:
+        if not cases:
+            raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
+        training, held_out = Ledger(project.ledger).split(cases)
+        self._training, self._held_out = (training, held_out) if training else (held_out, [])
+        self._labels = labels
+        self._config = config
+        self._project = project
+        self._log = log
+        self._cache = SliceCache(project.cache, config.cache_gib)
+
+    def run(self) -> TrainResult:
+        """From the labelled cases to the published model."""
+        self._log.phase("reading the labelled cases")
+        model = self._model()
+        prepared = self._prepare(model)
+        learning, checking = prepared[: len(self._training)], prepared[len(self._training) :]
+        _refuse_empty(learning, self._labels)
+        remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
+        for remark in remarks:
+            self._log.phase(remark)
+        budget = Budget(self._config.max_train_minutes * 60, self._config.max_steps)
+        fingerprint = _fingerprint(prepared, model)
+        folder = self._project.training
+        trainer = Trainer(model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step)
+        if self._wants_preview(budget) and not trainer.resumable():
+            self._preview(model, learning, checking)
+        done = trainer.run()
+        result = self._publish(model, done, remarks)
+        trainer.forget()
+        self._log.end(
+            "done",
+            result.reason,
+            dice=result.dice,
+            published=result.published,
+            model=result.model.name,
+            remarks=result.remarks,
+        )
+        return result
+
+    def _model(self) -> AdaptedModel:
+        """What training starts from: the published model, if it was built as this one is, else an untrained one."""
+        config = self._config
+        recipe = recipes.get(config.recipe)
+        if config.context is not None:
+            recipe = dataclasses.replace(recipe, context=config.context)
+        plan = _plan(self._training, self._labels, config)
+        model = recipes.build(recipe, self._labels, config.backbone, config.weights, plan.image_size)
+        model.describe(window=plan.window, context=recipe.context)
+        start = _starting_point(self._project, model)
+        if start is not None:
+            model.load_trained(start)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _prepare(self, model: AdaptedModel) -> list[PreparedCase]:
+        info = model.info
+        assert info.window is not None
+        return prepare(
+            [*self._training, *self._held_out],
+            self._labels,
+            info.window,
+            info.context,
+            info.image_size,
+            self._project.training / "slices",
+            lambda done, total: self._log.phase(f"preparing case {done} of {total}"),
+        )
+
+    def _wants_preview(self, budget: Budget) -> bool:
+        """A preview is for those who would wait long; where nothing is held out, it must not replace a better model."""
+        comparable = bool(self._held_out) or self._project.published() is None
+        return comparable and budget.seconds >= preview.WORTHWHILE and budget.steps > preview.STEPS
+
+    def _preview(self, model: AdaptedModel, learning: Sequence[PreparedCase], checking: Sequence[PreparedCase]) -> None:
+        """Publish a model with a new head, if it is better, before the long training; it goes on from that head."""
+
+        def report(progress: Progress) -> None:
+            self._log.phase(f"preview: step {progress.step}")
+
+        done = preview.refit_head(model, learning, checking, self._project.training / "preview", self._cache, report)
+        model.describe(trained=True)
+        scores = mean_dice(model, self._held_out, self._labels, self._cache)
+        # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
+        current = self._project.published()
+        answers_prompts = read_info(current).answers_prompts if current else False
+        file = self._save(model, done, scores, answers_prompts)
+        published, reason = self._judge(file, scores)
+        if not published:
+            file.unlink()
+        self._log.phase(f"preview {reason}")
+
+    def _publish(self, model: AdaptedModel, done: Progress, remarks: list[str]) -> TrainResult:
+        """Measure a trained model, save it, and publish it if it is no worse than what is published."""
+        self._log.phase("measuring on the held-out cases")
+        model.describe(trained=True)
+        scores = mean_dice(model, self._held_out, self._labels, self._cache)
+        clicks = compare_clicks(
+            model,
+            self._held_out or self._training,
+            self._labels,
+            self._config,
+            lambda number, total: self._log.phase(f"clicking on object {number} of {total}"),
+        )
+        candidate = self._save(model, done, scores, clicks.adapted >= clicks.plain, dataclasses.asdict(clicks))
+        published, reason = self._judge(candidate, scores)
+        missed = [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
+        return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds, [*remarks, *missed])
+
+    def _judge(self, candidate: Path, scores: dict[str, float]) -> tuple[bool, str]:
+        return judge(candidate, scores, self._held_out, self._labels, self._config, self._project, self._cache)
+
+    def _save(
+        self,
+        model: AdaptedModel,
+        done: Progress,
+        scores: dict[str, float],
+        answers_prompts: bool,
+        clicks: dict[str, Any] | None = None,
+    ) -> Path:
+        record = {
+            "cases": [case.id for case in self._training],
+            "held_out": [case.id for case in self._held_out],
+            "held_out_dice": scores,
+            "one_click_dice": clicks,
+            "steps": done.step,
+            "seconds": round(done.seconds, 1),
+            "rounds": done.history,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        model.describe(training=record, answers_prompts=answers_prompts)
+        path = self._project.next_model()
+        model.save(path)
+        return path
 
 
 @contextmanager
@@ -186,31 +280,6 @@ def _alone(project: Project) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _save(
-    model: AdaptedModel,
-    project: Project,
-    training: Sequence[Case],
-    held_out: Sequence[Case],
-    done: Progress,
-    scores: dict[str, float],
-    clicks: ClickScores,
-) -> Path:
-    record = {
-        "cases": [case.id for case in training],
-        "held_out": [case.id for case in held_out],
-        "held_out_dice": scores,
-        "one_click_dice": dataclasses.asdict(clicks),
-        "steps": done.step,
-        "seconds": round(done.seconds, 1),
-        "rounds": done.history,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    model.describe(training=record, answers_prompts=clicks.adapted >= clicks.plain)
-    path = project.next_model()
-    model.save(path)
-    return path
 
 
 def _plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> _Plan:
@@ -257,12 +326,6 @@ def _image_size(side: int, backbone: str) -> int:
     return min(largest, max(SMALLEST_IMAGE_SIZE, -(-side // 32) * 32))
 
 
-def _model(labels: LabelMap, recipe: recipes.Recipe, config: AppConfig, plan: _Plan) -> AdaptedModel:
-    model = recipes.build(recipe, labels, config.backbone, config.weights, plan.image_size)
-    model.describe(window=plan.window, context=recipe.context)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
     """The published model, if it was built as ``model`` is."""
     published = project.published()
@@ -283,11 +346,10 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
         )
 
 
-def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, start: Path | None) -> str:
+def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:
     """Changes with the slices and the model, so that only the same training is resumed; its budget may change."""
-    slices = [case.key for case in prepared]
-    base = sha256_of(start) if start else model.info.weights_sha256
-    parts = [slices, model.info.to_json(), base]
+    info = dataclasses.replace(model.info, trained=False, training={}, answers_prompts=True)
+    parts = [[case.key for case in prepared], info.to_json()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -128,7 +128,8 @@ class SliceSampler:
         size: S.
         batch_size: slices per batch.
         seed: of all draws.
-        copies: augmented copies of each slice that there are to draw from; by default practically endless.
+        copies: augmented copies of each slice that there are to draw from; by default practically endless, and 0 draws
+            the slices as they are.
 
     Attributes:
         seed: as given.
@@ -168,7 +169,8 @@ class SliceSampler:
             cases = [case for case in cases if label in case.slices_of]
         case = cases[random.integers(len(cases))]
         choices = range(len(case)) if label is None else case.slices_of[label]
-        return Draw(case, int(choices[random.integers(len(choices))]), int(random.integers(self._copies)))
+        index = int(choices[random.integers(len(choices))])
+        return Draw(case, index, int(random.integers(self._copies)) if self._copies else None)
 
 
 def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
