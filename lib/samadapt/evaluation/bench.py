@@ -40,7 +40,7 @@ from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.errors import ConfigError, InputError, SamAdaptError
-from samadapt.evaluation import bench_report
+from samadapt.evaluation import bench_report, speed
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.metrics import dice
 from samadapt.evaluation.unet import train_unet
@@ -89,7 +89,8 @@ SETS = {
     ]
 }
 CLICKS = "clicks"
-PARTS = (*SETS, CLICKS)
+SPEED = "speed"
+PARTS = (*SETS, CLICKS, SPEED)
 
 CLICKED_CASES = 10
 """Test cases of each set that are clicked on."""
@@ -259,6 +260,14 @@ def run_clicks(target: Target, shared: Path, output: Path, records: Records) -> 
         print(f"  no adapted model of {target.key} yet: --only {target.key},{CLICKS} trains one", file=sys.stderr)
 
 
+def run_speed(output: Path, records: Records) -> None:
+    """Measure how fast the parts are, beside their rivals."""
+    for number, duel in enumerate(speed.duels(output / SPEED)):
+        settings = {"duel": [duel.name, duel.rival], "turns": duel.turns}
+        result = records.measure(f"{SPEED}/{number}", settings, lambda duel=duel: speed.fight(duel))  # type: ignore[misc]
+        print(f"  {result['name']}: {result['ratio']:.2f} times as fast as {result['rival']}", file=sys.stderr)
+
+
 def _click(model: AdaptedModel, cases: Sequence[Case], target: Target, name: str) -> dict[str, Any]:
     """Dice after 1, 2, ... clicks of each case, on the slice that shows most of the object."""
     found: dict[str, list[float]] = {}
@@ -407,6 +416,8 @@ def _run(options: argparse.Namespace) -> None:
         if key == CLICKS:
             for target in TARGETS:
                 run_clicks(target, options.shared, options.output, records)
+        elif key == SPEED:
+            run_speed(options.output, records)
         else:
             run_set(SETS[key], options.shared, options.minutes, options.output, records)
         bench_report.write(records.value, options.output)

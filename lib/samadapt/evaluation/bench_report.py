@@ -41,14 +41,32 @@ def write(value: Mapping[str, Any], output: Path) -> None:
         output: folder.
     """
     results = value["results"]
-    sets = dict.fromkeys(key.split("/")[0] for key in results if not key.startswith("clicks/"))
+    sets = dict.fromkeys(key.split("/")[0] for key in results if not key.startswith(("clicks/", "speed/")))
     parts = [_machine(value["machine"]), *(_set(name, results) for name in sets)]
     clicks = {key.removeprefix("clicks/"): record for key, record in results.items() if key.startswith("clicks/")}
     if clicks:
         parts.append(_clicks(clicks))
         _draw_clicks(clicks, output / CLICKS_PICTURE)
+    if duels := [record for key, record in results.items() if key.startswith("speed/")]:
+        parts.append(_speed(duels))
     with atomic_path(output / PAGE) as temporary:
         temporary.write_text("\n\n".join(["# Bench", *parts]) + "\n", encoding="utf-8")
+
+
+def _speed(duels: Sequence[Mapping[str, Any]]) -> str:
+    """A table of every duel: how many times faster than the rival, and whether that is enough."""
+    head = [
+        "## Speed",
+        "",
+        "| what | beside | ms | rival ms | times as fast | wanted |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    rows = [
+        f"| {duel['name']} | {duel['rival']} | {1000 * duel['ours_seconds']:.0f} | {1000 * duel['rival_seconds']:.0f} "
+        f"| {duel['ratio']:.2f} | {duel['target']:.2f} |"
+        for duel in duels
+    ]
+    return "\n".join([*head, *rows])
 
 
 def mean_dice(record: Mapping[str, Any]) -> dict[str, float]:

