@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from samadapt import backbones, recipes
 from samadapt.backbones.weights import resolve
+from samadapt.data.geometry import Geometry
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.encoding import working_precision
@@ -101,7 +102,7 @@ def _embedding(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Act:
     return act
 
 
-def reference_lite_medsam() -> nn.Module:
+def reference_lite_medsam() -> Any:
     """The module that ships with LiteMedSAM, with its weights."""
     model = build_lite_medsam()
     weights = resolve(backbones.spec("lite_medsam").source, None).path
@@ -142,8 +143,6 @@ def _sam_encoder(size: int) -> Duel:
 
 def _volume(shape: tuple[int, int, int]) -> Volume:
     """Noise with a bright ball in the middle of every slice."""
-    from samadapt.data.geometry import Geometry
-
     i, j, _ = np.ogrid[: shape[0], : shape[1], : shape[2]]
     inside = (i - shape[0] // 2) ** 2 + (j - shape[1] // 2) ** 2 < (shape[0] // 6) ** 2
     values = np.random.default_rng(0).normal(100, 10, shape) + 80 * inside
