@@ -164,7 +164,7 @@ def test_one_slice_that_lies_in_space_stays_a_nifti(tmp_path, clicked):
 
 
 def test_finding_nothing_is_said(tmp_path, image, monkeypatch):
-    monkeypatch.setattr(infer, "segment_object", lambda model, volume, prompts: np.zeros(SHAPE, bool))
+    monkeypatch.setattr(infer, "segment_object", lambda model, volume, prompts, cache: np.zeros(SHAPE, bool))
     _, params = run(infer.Clicks(Published(None), labels_of(tmp_path), 3), image, roi=[1, 1, 1, 1, 1, 1])
     assert "nothing was found" in params["message"]
 
