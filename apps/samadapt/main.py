@@ -22,6 +22,7 @@ try:
 
     from samadapt.config import AppConfig
     from samadapt.errors import InputError
+    from samadapt.memory import keep_freed_memory
     from samadapt.project import Project
     from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
@@ -43,6 +44,7 @@ class SamAdaptApp(MONAILabelApp):
     """
 
     def __init__(self, app_dir: str, studies: str, conf: Dict[str, str]):  # noqa: UP006
+        keep_freed_memory()
         self.settings = AppConfig.from_strings(conf or {})
         # dcmqi's programs lie beside Python; without them the base class would try to download them
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -18,6 +18,7 @@ from typer._click.exceptions import ClickException  # typer carries its own clic
 from samadapt import __version__
 from samadapt.config import AppConfig, closest
 from samadapt.errors import ConfigError, InputError, SamAdaptError, StateError
+from samadapt.memory import keep_freed_memory
 from samadapt.terminal import figure, plain, table, terminal
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="The backbone's 
 
 def main() -> None:
     """Run the command line. Errors become one message (or JSON object) and an exit code, never a traceback."""
+    keep_freed_memory()
     try:
         code = app(standalone_mode=False)
         if code == STOPPED:  # what typer makes of Ctrl-C, without a word

@@ -46,6 +46,7 @@ from samadapt.evaluation.metrics import dice
 from samadapt.evaluation.unet import train_unet
 from samadapt.files import write_json
 from samadapt.inference.auto import segment
+from samadapt.memory import keep_freed_memory
 from samadapt.model import AdaptedModel
 from samadapt.project import Project
 from samadapt.training import train
@@ -399,6 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="where the results go")
     parser.add_argument("--again", action="store_true", help="measure again what is already in the results")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     try:
         _run(options)
     except SamAdaptError as error:
