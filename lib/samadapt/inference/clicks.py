@@ -32,6 +32,9 @@ __all__ = ["Prompts", "segment_object", "segment_slice"]
 LADDER = tuple(np.geomspace(6, 110, 11) / 256)
 """Half-sides of the boxes around a click, in parts of the model frame."""
 
+CORRECTION = (1.0, 1.5, 2.25)
+"""Half-sides of the boxes around a correcting click, in depths of the error there."""
+
 INSIDE, OUTSIDE = 1, 0
 
 SMALLEST_PATCH = 5 / 256
@@ -218,13 +221,12 @@ class _Scene:
         """The ladder around the first click, each answer decoded again from its own box; the best of the second."""
         first = clicks.inside[0]
         start = _Clicks(clicks.index, [first], [])
-        ladder = self._ladder(first)
+        ladder = self._boxes_around(first, np.multiply(LADDER, self._size))
         parts = [self._part(field, first) for field in self._decode(ladder, start)[0]]
         tight = {box: None for part in parts if (box := self._box_of(part)) is not None}
         return self._best(list(tight) or ladder, start)[0]
 
-    def _ladder(self, click: Point) -> list[Box]:
-        halves = [half * self._size for half in LADDER]
+    def _boxes_around(self, click: Point, halves: Sequence[float] | np.ndarray) -> list[Box]:
         return [self._cut((click[0] - h, click[1] - h, click[0] + h, click[1] + h)) for h in halves]
 
     def _cut(self, box: Box) -> Box:
@@ -297,7 +299,8 @@ class _Scene:
         disc = free & (distance <= max(1.0, depth))
         chosen = disc
         if depth >= SMALLEST_PATCH * self._cells:
-            fields, ious = self._decode(self._ladder(click)[:8], _Clicks(index, [click], []))
+            halves = np.multiply(CORRECTION, depth * self._size / self._cells)
+            fields, ious = self._decode(self._boxes_around(click, halves), _Clicks(index, [click], []))
             own = free & (distance <= 2.5 * depth)
             parts = [(float(iou), self._part(f, click) & own) for f, iou in zip(fields, ious, strict=True)]
             fitting = [(iou, part) for iou, part in parts if part.sum() >= 0.5 * disc.sum()]
