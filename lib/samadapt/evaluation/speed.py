@@ -26,6 +26,7 @@ from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
 from samadapt import backbones, recipes
+from samadapt.backbones import Backbone
 from samadapt.backbones.weights import resolve
 from samadapt.data.geometry import Geometry
 from samadapt.data.slice_cache import SliceCache
@@ -84,6 +85,9 @@ def duels(folder: Path) -> Iterator[Duel]:
     yield from _clicks(folder)
     for size in (64, 128):
         yield from _training(size)
+    yield from _late_sam(512)
+    yield from _head(backbones.load("lite_medsam", image_size=64), 8)
+    yield from _head(backbones.build("sam_vit_b", 1024), 1)
 
 
 def _seconds(act: Act) -> float:
@@ -217,22 +221,24 @@ def _clicks(folder: Path) -> Iterator[Duel]:
     yield Duel("a corrective click", f"{again}, as it ships", 15.0, correct, _as_it_ships(_click_reference))
 
 
+def _examples(slices: int, size: int) -> tuple[Tensor, Tensor]:
+    """Images (B,3,S,S) and labels (B,S,S) of one class, at random."""
+    images = torch.rand(slices, 3, size, size, device=_device())
+    return images, (torch.rand(slices, size, size, device=_device()) > 0.7).long()
+
+
 def _training(size: int) -> Iterator[Duel]:
-    """A step of the default recipe from tokens, beside the same from pixels, and LoRA beside tuning the encoder."""
-    images = torch.rand(8, 3, size, size, device=_device())
-    labels = (torch.rand(8, size, size, device=_device()) > 0.7).long()
-    late = recipes.build(recipes.DEFAULT, ("object",), image_size=size).to(_device())
+    """A step of the default recipe from tokens, beside two steps from pixels; LoRA beside tuning the whole encoder."""
+    images, labels = _examples(8, size)
+    late = recipes.build("lora_late", ("object",), image_size=size).to(_device())
+    lora = recipes.build("lora", ("object",), image_size=size).to(_device())
     with torch.no_grad():
         tokens = late.tokens(images)
-    yield Duel(
-        f"a training step from tokens, 8 slices, {size} px",
-        "the same step from pixels",
-        2.0,
-        lambda: _step(late, lambda: late.embed_tokens(tokens), labels),
-        lambda: _step(late, lambda: late.embed(images), labels),
-        turns=5,
-    )
-    lora = recipes.build("lora", ("object",), image_size=size).to(_device())
+    name = f"a training step of lora_late from tokens, LiteMedSAM, 8 slices, {size} px"
+    step = partial(_step, late, lambda: late.embed_tokens(tokens), labels)
+    yield Duel(name, "the same from pixels", 2.0, step, partial(_step, late, lambda: late.embed(images), labels), 5)
+    every = "a step from pixels with LoRA in every block"
+    yield Duel(name, every, 2.0, step, partial(_step, lora, lambda: lora.embed(images), labels), 5)
     plain = backbones.load("lite_medsam", image_size=size).to(_device()).requires_grad_(True)
     yield Duel(
         f"forward and backward of the encoder with LoRA in every block, 8 slices, {size} px",
@@ -241,6 +247,40 @@ def _training(size: int) -> Iterator[Duel]:
         lambda: lora.embed(images).sum().backward(),
         lambda: plain.embed(images).sum().backward(),
         turns=5,
+    )
+
+
+def _late_sam(size: int) -> Iterator[Duel]:
+    """The default recipe on SAM ViT-B with random weights, from tokens and from pixels."""
+    images, labels = _examples(1, size)
+    model = recipes.build("lora_late", ("object",), backbones.build("sam_vit_b", size)).to(_device())
+    with torch.no_grad():
+        tokens = model.tokens(images)
+    yield Duel(
+        f"a training step of lora_late from tokens, SAM ViT-B, a slice, {size} px",
+        "the same from pixels",
+        1.7,
+        partial(_step, model, lambda: model.embed_tokens(tokens), labels),
+        partial(_step, model, lambda: model.embed(images), labels),
+        turns=3,
+    )
+
+
+def _head(backbone: Backbone, slices: int) -> Iterator[Duel]:
+    """A step of the head alone, as the preview trains it, from embeddings and from pixels."""
+    size = backbone.image_size
+    images, labels = _examples(slices, size)
+    model = recipes.build("lora_late", ("object",), backbone).to(_device())
+    model.freeze_encoder()
+    with torch.no_grad():
+        embeddings = model.embed(images)
+    yield Duel(
+        f"a training step of the head from embeddings, {backbone.name}, {slices} slices, {size} px",
+        "the same, encoding again",
+        20.0,
+        partial(_step, model, lambda: embeddings, labels),
+        partial(_step, model, lambda: model.embed(images), labels),
+        turns=3,
     )
 
 

@@ -11,6 +11,8 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samadapt.heads.two_way import two_way
+
 INITIAL_NOISE = 0.02
 """Standard deviation of the noise on copied class tokens, relative to that of the tokens."""
 
@@ -41,7 +43,7 @@ class ClassDecoder(nn.Module):
     def forward(self, embeddings: Tensor, dense: Tensor, position: Tensor) -> Tensor:
         """(B,256,g,g), dense prompt and position encoding of the same shape -> (B,K+1,4g,4g), background first."""
         tokens = torch.cat([self.first_token, self.class_tokens]).expand(len(embeddings), -1, -1)
-        hidden, image = self.transformer(embeddings + dense, position, tokens)
+        hidden, image = two_way(self.transformer, embeddings + dense, position, tokens)
         return _masks(hidden[:, 1:], self.hypernetworks, _upscale(self.upscaling, image))
 
 
@@ -87,7 +89,7 @@ class SamDecoderHead(nn.Module):
         # An image that all prompts share goes in once; the first block that writes into it makes N of it.
         shared = len(embeddings) == 1 and dense.stride(0) == 0
         source = embeddings + (dense[:1] if shared else dense)
-        hidden, image = decoder.transformer(source, _position(prompt_encoder, source), tokens)
+        hidden, image = two_way(decoder.transformer, source, _position(prompt_encoder, source), tokens)
         upscaled = _upscale(decoder.output_upscaling, image)
         masks = _masks(hidden[:, 1 : len(own)], decoder.output_hypernetworks_mlps, upscaled)
         return masks, decoder.iou_prediction_head(hidden[:, 0])

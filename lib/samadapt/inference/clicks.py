@@ -37,8 +37,8 @@ CORRECTION = (1.0, 1.5, 2.25)
 
 INSIDE, OUTSIDE = 1, 0
 
-SMALLEST_PATCH = 5 / 256
-"""Depth of an error, in parts of the frame, from which the model is asked what it is; slimmer ones are drawn."""
+SMALLEST_PATCH = 5
+"""Depth of an error, in cells of the mask, from which the model is asked what it is; slimmer ones are drawn."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -298,7 +298,7 @@ class _Scene:
             free = free & (distance < self._distance(other))
         disc = free & (distance <= max(1.0, depth))
         chosen = disc
-        if depth >= SMALLEST_PATCH * self._cells:
+        if depth >= SMALLEST_PATCH:
             halves = np.multiply(CORRECTION, depth * self._size / self._cells)
             fields, ious = self._decode(self._boxes_around(click, halves), _Clicks(index, [click], []))
             own = free & (distance <= 2.5 * depth)
