@@ -17,6 +17,7 @@ from samadapt.data.window import Window
 from samadapt.model import read_info
 from samadapt.project import Project
 from samadapt.training import preview, train
+from samadapt.training.gate import mean_dice
 from samadapt.training.slices import prepare
 from tiny import BACKBONES, SIZE, write_studies
 
@@ -67,7 +68,8 @@ def test_the_head_learns_and_each_slice_is_encoded_once(studies, tmp_path, layou
     assert list((tmp_path / "state").iterdir()) == []
 
 
-def test_it_is_published_first_and_gives_way_to_the_better_one(studies, config):
+def test_it_is_published_first_and_gives_way_to_the_better_one(studies, config, monkeypatch):
+    monkeypatch.setattr("samadapt.training.run.NOT_FOUND", 0.0)  # so few steps find little
     project, serving = Project(studies), {}
 
     def watch(record):
@@ -90,6 +92,25 @@ def test_what_cannot_be_compared_is_not_replaced_by_a_preview(studies, config):
     assert first.model.stem == "v0002"
     second = train(cases, LABELS, config, Project(studies))
     assert second.model.stem == "v0003"
+
+
+def test_one_that_finds_nothing_is_not_published(studies, config, monkeypatch):
+    measured, serving = [], {}
+
+    def nothing_at_first(model, *rest):
+        measured.append(mean_dice(model, *rest))
+        return measured[-1] if len(measured) > 1 else dict.fromkeys(measured[-1], 0.0)
+
+    monkeypatch.setattr("samadapt.training.run.mean_dice", nothing_at_first)
+    project = Project(studies)
+
+    def watch(record):
+        serving.setdefault(record["message"].split(":")[0], project.published())
+
+    result = train(find_cases(studies), LABELS, config, project, watch)
+    assert "preview finds nothing yet, so it is not published" in serving
+    assert serving["training"] is None
+    assert result.model.stem == "v0001"
 
 
 def test_short_trainings_have_none(studies, config):

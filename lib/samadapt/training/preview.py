@@ -14,8 +14,8 @@ SECONDS = 15.0
 STEPS = 400
 ROUNDS = 3
 
-WORTHWHILE = 60.0
-"""Seconds of a training from which on it begins with a preview."""
+WORTHWHILE = 200.0
+"""Seconds of a training from which on it begins with a preview; a shorter one needs them for its own steps."""
 
 
 def refit_head(

@@ -210,6 +210,9 @@ class _Training:
         done = preview.refit_head(model, learning, checking, self._project.training / "preview", self._cache, report)
         model.describe(trained=True)
         scores = mean_dice(model, self._held_out, self._labels, self._cache)
+        if scores and max(scores.values()) < NOT_FOUND:
+            self._log.phase("preview finds nothing yet, so it is not published")
+            return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
         current = self._project.published()
         answers_prompts = read_info(current).answers_prompts if current else False
