@@ -9,6 +9,7 @@ has what :mod:`samadapt.memory` does for us.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 import time
@@ -85,9 +86,9 @@ def duels(folder: Path) -> Iterator[Duel]:
     yield from _clicks(folder)
     for size in (64, 128):
         yield from _training(size)
-    yield from _late_sam(512)
-    yield from _head(backbones.load("lite_medsam", image_size=64), 8)
-    yield from _head(backbones.build("sam_vit_b", 1024), 1)
+    yield _late_sam(512)
+    yield _head(backbones.load("lite_medsam", image_size=64), 8)
+    yield _head(backbones.build("sam_vit_b", 1024), 1)
 
 
 def _seconds(act: Act) -> float:
@@ -121,7 +122,7 @@ def reference_lite_medsam() -> Any:
 
 
 def _as_it_ships(build: Callable[[], Act]) -> Act:
-    """What ``build`` gives, in a process of its own that ends with this one.
+    """What ``build`` gives, in a process of its own that ends when nobody holds the result any more.
 
     Args:
         build: a function of this module, with its arguments.
@@ -131,7 +132,7 @@ def _as_it_ships(build: Callable[[], Act]) -> Act:
     spawn.Process(target=_serve, args=(build, there), daemon=True).start()
 
     def act() -> object:
-        here.send("once")
+        here.send(None)
         return here.recv()
 
     return act
@@ -139,8 +140,10 @@ def _as_it_ships(build: Callable[[], Act]) -> Act:
 
 def _serve(build: Callable[[], Act], orders: Connection) -> None:
     act = build()
-    while orders.recv():
-        orders.send(_seconds(act))
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            orders.recv()
+            orders.send(_seconds(act))
 
 
 def _lite_reference(slices: int) -> Act:
@@ -227,18 +230,26 @@ def _examples(slices: int, size: int) -> tuple[Tensor, Tensor]:
     return images, (torch.rand(slices, size, size, device=_device()) > 0.7).long()
 
 
+def _steps(model: AdaptedModel, images: Tensor, labels: Tensor) -> tuple[Act, Act]:
+    """A training step from what the cache keeps of the frozen part of ``model``, and one from pixels."""
+    with torch.no_grad():
+        tokens = model.tokens(images)
+    return (
+        partial(_step, model, lambda: model.embed_tokens(tokens), labels),
+        partial(_step, model, lambda: model.embed(images), labels),
+    )
+
+
 def _training(size: int) -> Iterator[Duel]:
     """A step of the default recipe from tokens, beside two steps from pixels; LoRA beside tuning the whole encoder."""
     images, labels = _examples(8, size)
     late = recipes.build("lora_late", ("object",), image_size=size).to(_device())
     lora = recipes.build("lora", ("object",), image_size=size).to(_device())
-    with torch.no_grad():
-        tokens = late.tokens(images)
     name = f"a training step of lora_late from tokens, LiteMedSAM, 8 slices, {size} px"
-    step = partial(_step, late, lambda: late.embed_tokens(tokens), labels)
-    yield Duel(name, "the same from pixels", 2.0, step, partial(_step, late, lambda: late.embed(images), labels), 5)
-    every = "a step from pixels with LoRA in every block"
-    yield Duel(name, every, 2.0, step, partial(_step, lora, lambda: lora.embed(images), labels), 5)
+    cached, pixels = _steps(late, images, labels)
+    yield Duel(name, "the same from pixels", 2.0, cached, pixels, turns=5)
+    _, every = _steps(lora, images, labels)
+    yield Duel(name, "a step from pixels with LoRA in every block", 2.0, cached, every, turns=5)
     plain = backbones.load("lite_medsam", image_size=size).to(_device()).requires_grad_(True)
     yield Duel(
         f"forward and backward of the encoder with LoRA in every block, 8 slices, {size} px",
@@ -250,38 +261,20 @@ def _training(size: int) -> Iterator[Duel]:
     )
 
 
-def _late_sam(size: int) -> Iterator[Duel]:
+def _late_sam(size: int) -> Duel:
     """The default recipe on SAM ViT-B with random weights, from tokens and from pixels."""
-    images, labels = _examples(1, size)
     model = recipes.build("lora_late", ("object",), backbones.build("sam_vit_b", size)).to(_device())
-    with torch.no_grad():
-        tokens = model.tokens(images)
-    yield Duel(
-        f"a training step of lora_late from tokens, SAM ViT-B, a slice, {size} px",
-        "the same from pixels",
-        1.7,
-        partial(_step, model, lambda: model.embed_tokens(tokens), labels),
-        partial(_step, model, lambda: model.embed(images), labels),
-        turns=3,
-    )
+    name = f"a training step of lora_late from tokens, SAM ViT-B, a slice, {size} px"
+    return Duel(name, "the same from pixels", 1.7, *_steps(model, *_examples(1, size)), turns=3)
 
 
-def _head(backbone: Backbone, slices: int) -> Iterator[Duel]:
+def _head(backbone: Backbone, slices: int) -> Duel:
     """A step of the head alone, as the preview trains it, from embeddings and from pixels."""
     size = backbone.image_size
-    images, labels = _examples(slices, size)
     model = recipes.build("lora_late", ("object",), backbone).to(_device())
     model.freeze_encoder()
-    with torch.no_grad():
-        embeddings = model.embed(images)
-    yield Duel(
-        f"a training step of the head from embeddings, {backbone.name}, {slices} slices, {size} px",
-        "the same, encoding again",
-        20.0,
-        partial(_step, model, lambda: embeddings, labels),
-        partial(_step, model, lambda: model.embed(images), labels),
-        turns=3,
-    )
+    name = f"a training step of the head from embeddings, {backbone.name}, {slices} slices, {size} px"
+    return Duel(name, "the same, encoding again", 20.0, *_steps(model, *_examples(slices, size)), turns=3)
 
 
 def _step(model: AdaptedModel, embed: Callable[[], Tensor], labels: Tensor) -> None:

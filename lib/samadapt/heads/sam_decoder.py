@@ -41,7 +41,7 @@ class ClassDecoder(nn.Module):
         self.hypernetworks = nn.ModuleList(copy.deepcopy(decoder.output_hypernetworks_mlps[i]) for i in source)
 
     def forward(self, embeddings: Tensor, dense: Tensor, position: Tensor) -> Tensor:
-        """(B,256,g,g), dense prompt and position encoding of the same shape -> (B,K+1,4g,4g), background first."""
+        """(B,256,g,g), dense prompt (1,256,g,g), position (1,256,g,g) -> (B,K+1,4g,4g), background first."""
         tokens = torch.cat([self.first_token, self.class_tokens]).expand(len(embeddings), -1, -1)
         hidden, image = two_way(self.transformer, embeddings + dense, position, tokens)
         return _masks(hidden[:, 1:], self.hypernetworks, _upscale(self.upscaling, image))
@@ -87,8 +87,7 @@ class SamDecoderHead(nn.Module):
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
         # An image that all prompts share goes in once; the first block that writes into it makes N of it.
-        shared = len(embeddings) == 1 and dense.stride(0) == 0
-        source = embeddings + (dense[:1] if shared else dense)
+        source = embeddings + (dense[:1] if dense.stride(0) == 0 else dense)
         hidden, image = two_way(decoder.transformer, source, _position(prompt_encoder, source), tokens)
         upscaled = _upscale(decoder.output_upscaling, image)
         masks = _masks(hidden[:, 1 : len(own)], decoder.output_hypernetworks_mlps, upscaled)
@@ -130,6 +129,6 @@ def _masks(tokens: Tensor, hypernetworks: nn.ModuleList, upscaled: Tensor) -> Te
     """Mask tokens (N,M,256), image of ``_upscale`` -> (N,M,4g,4g)."""
     weights = torch.stack([net(tokens[:, i]) for i, net in enumerate(hypernetworks)], dim=-1)
     side = math.isqrt(upscaled.shape[1])
-    masks = upscaled.flatten(1, -2) @ weights.to(upscaled.dtype)
+    masks = upscaled.flatten(1, -2) @ weights
     masks = masks.view(len(masks), side, side, 2, 2, 2, 2, -1)
     return masks.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(masks), -1, 4 * side, 4 * side)

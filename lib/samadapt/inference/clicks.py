@@ -226,7 +226,7 @@ class _Scene:
         tight = {box: None for part in parts if (box := self._box_of(part)) is not None}
         return self._best(list(tight) or ladder, start)[0]
 
-    def _boxes_around(self, click: Point, halves: Sequence[float] | np.ndarray) -> list[Box]:
+    def _boxes_around(self, click: Point, halves: np.ndarray) -> list[Box]:
         return [self._cut((click[0] - h, click[1] - h, click[0] + h, click[1] + h)) for h in halves]
 
     def _cut(self, box: Box) -> Box:
