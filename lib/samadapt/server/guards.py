@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from monailabel.endpoints import activelearning, datastore, infer, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.main import Main
+from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from samadapt.server.train import TrainSamAdapt
 
 logger = logging.getLogger(__name__)
+
+LONGEST_DEATH_S = 20.0
+"""How long a killed training may take to give its memory back before the answer says so anyway."""
 
 ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
 
@@ -45,6 +50,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
+    train.stop = _stop(train.stop)
     server.add_exception_handler(SamAdaptError, _answer)
     server.add_exception_handler(MONAILabelException, _answer_host)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
@@ -116,6 +122,27 @@ def _train_one(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
     ) -> Any:
         _check_training(_require("trainer", model, app._trainers), params, app)
         return handler(model, params, run_sync, enqueue)
+
+    return checked
+
+
+def _stop(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """``DELETE /train/``: answer when the process is gone, not when it was told to go.
+
+    The host only sends the signal. A training of some gigabytes needs a moment to end, and until then its progress
+    reads "running" and it holds its files and its device.
+    """
+
+    @functools.wraps(handler)
+    def checked() -> Any:
+        running = list(processes("train").values())
+        answer = handler()
+        try:
+            for process in running:
+                process.wait(LONGEST_DEATH_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("the stopped training (process %d) still has not ended", process.pid)
+        return answer
 
     return checked
 

@@ -1,0 +1,43 @@
+"""The guards around the host's endpoints, where a real server shows the fault only now and then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+from monailabel.utils.async_tasks import utils
+
+from samadapt.server import guards
+
+
+class SlowToDie(subprocess.Popen):
+    """A process that ends half a second after its kill, as one does that has gigabytes to give back."""
+
+    def kill(self):
+        threading.Timer(0.5, super().kill).start()
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """A process that the host takes for a running training."""
+    process = SlowToDie([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setitem(utils.background_tasks, "train", [{"id": "one", "status": "RUNNING"}])
+    monkeypatch.setitem(utils.background_processes, "train", {"one": process})
+    yield process
+    subprocess.Popen.kill(process)
+    process.wait()
+
+
+def test_a_stopped_training_is_over_when_the_answer_comes(training):
+    answer = guards._stop(lambda: utils.stop_background_task("train"))()
+    assert answer["status"] == "STOPPED"
+    assert not psutil.pid_exists(training.pid)
+
+
+def test_a_training_that_does_not_end_is_not_waited_for_for_ever(training, monkeypatch, caplog):
+    monkeypatch.setattr(guards, "LONGEST_DEATH_S", 0.05)
+    assert guards._stop(lambda: utils.stop_background_task("train"))()["status"] == "STOPPED"
+    assert "has not ended" in caplog.text
