@@ -28,10 +28,12 @@ def images(backbone, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", EMBEDDINGS.values(), ids=EMBEDDINGS)
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_prompts_are_answered_as_by_sam(backbone, count, with_mask):
+@pytest.mark.parametrize("clicks", [0, 20])
+def test_prompts_are_answered_as_by_sam(backbone, count, with_mask, clicks):
     side = backbone.mask_size
     previous = torch.randn(3, 1, side, side, generator=torch.Generator().manual_seed(3)) if with_mask else None
-    sparse, dense = backbone.prompt_encoder(None, boxes(3), previous)
+    points = (torch.rand(3, clicks, 2) * SIZE, torch.ones(3, clicks)) if clicks else None
+    sparse, dense = backbone.prompt_encoder(points, boxes(3), previous)
     embeddings = images(backbone, count)
     with torch.no_grad():
         found = SamDecoderHead(backbone.mask_decoder, 2).prompt_masks(
