@@ -167,9 +167,8 @@ class AdaptedModel(nn.Module):
         """
         clicks = (points, point_labels) if points is not None else None
         sparse, dense = self.backbone.prompt_encoder(clicks, boxes, mask_logits)
-        masks, iou = self.head.prompt_masks(embeddings, sparse, dense, self.backbone.prompt_encoder)
         kept = slice(1, None) if multimask else slice(0, 1)
-        return masks[:, kept], iou[:, kept]
+        return self.head.prompt_masks(embeddings, sparse, dense, self.backbone.prompt_encoder, kept)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B,3,S,S) in [0,1] -> (B,K+1,4g,4g) class logits."""

@@ -37,7 +37,7 @@ def test_prompts_are_answered_as_by_sam(backbone, count, with_mask, clicks):
     embeddings = images(backbone, count)
     with torch.no_grad():
         found = SamDecoderHead(backbone.mask_decoder, 2).prompt_masks(
-            embeddings, sparse, dense, backbone.prompt_encoder
+            embeddings, sparse, dense, backbone.prompt_encoder, slice(None)
         )
         for n in range(3):  # SAM's own decoder takes one image at a time
             expected = backbone.mask_decoder.predict_masks(
@@ -45,6 +45,18 @@ def test_prompts_are_answered_as_by_sam(backbone, count, with_mask, clicks):
             )
             for ours, sams in zip(found, expected, strict=True):
                 assert torch.allclose(ours[n], sams[0], atol=1e-4)
+
+
+def test_masks_that_are_not_wanted_change_nothing(backbone):
+    sparse, dense = backbone.prompt_encoder(None, boxes(3), None)
+    head, embeddings = SamDecoderHead(backbone.mask_decoder, 2), images(backbone, 1)
+    with torch.no_grad():
+        every, some = (
+            head.prompt_masks(embeddings, sparse, dense, backbone.prompt_encoder, kept)
+            for kept in (slice(None), slice(1, None))
+        )
+    for all_four, multimask in zip(every, some, strict=True):
+        assert torch.allclose(all_four[:, 1:], multimask, atol=1e-5)
 
 
 def test_each_class_is_decoded_as_a_mask_of_sam(backbone):

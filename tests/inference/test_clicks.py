@@ -14,7 +14,7 @@ from samadapt.data.geometry import Geometry
 from samadapt.data.volume import Volume, read_label, read_volume
 from samadapt.errors import InputError
 from samadapt.evaluation.click_simulation import centre, largest_part, simulate_clicks, widest_slice
-from samadapt.inference.clicks import segment_object, segment_slice
+from samadapt.inference.clicks import CORRECTION, LADDER, segment_object, segment_slice
 from samadapt.inference.prompts import Prompts
 from tiny import BACKBONES
 
@@ -99,6 +99,33 @@ def plain():
     model = recipes.build("lora", ("object",))
     model.merge()
     return model
+
+
+def test_a_correction_costs_a_few_boxes_and_no_encoding_however_many_came_before(monkeypatch):
+    model = recipes.build("lora", ("object",))
+    boxes, encoded = [], []
+    prompt_masks, embed = model.prompt_masks, model.embed
+
+    def count_boxes(embeddings, points, labels, asked):
+        boxes.append(len(asked))
+        return prompt_masks(embeddings, points, labels, asked)
+
+    def count_images(images):
+        encoded.append(len(images))
+        return embed(images)
+
+    monkeypatch.setattr(model, "prompt_masks", count_boxes)
+    monkeypatch.setattr(model, "embed", count_images)
+    rows, columns = np.mgrid[:128, :128]
+    disc = 80.0 * (np.hypot(rows - 64, columns - 64) < 12)
+    square = Volume(disc[None, :, :, None].astype(np.float32), Geometry((128, 128, 1), np.eye(4)), "MR", Path("disc"))
+    clicks = [(64, 64, 0), *((i, j, 0) for i in range(4, 128, 20) for j in range(4, 128, 20))]
+    for count in range(1, len(clicks) + 1):
+        before = sum(boxes)
+        segment_slice(model, square, 2, 0, Prompts(clicks[:count]))
+        assert sum(boxes) - before <= (2 * len(LADDER) if count == 1 else len(CORRECTION))
+    assert len(boxes) > len(LADDER)
+    assert sum(encoded) == 1
 
 
 @needs_data

@@ -71,7 +71,7 @@ class SamDecoderHead(nn.Module):
         return self.classes(embeddings, _no_mask(prompt_encoder, embeddings), _position(prompt_encoder, embeddings))
 
     def prompt_masks(
-        self, embeddings: Tensor, sparse: Tensor, dense: Tensor, prompt_encoder: PromptEncoder
+        self, embeddings: Tensor, sparse: Tensor, dense: Tensor, prompt_encoder: PromptEncoder, kept: slice
     ) -> tuple[Tensor, Tensor]:
         """Masks for encoded prompts.
 
@@ -79,9 +79,10 @@ class SamDecoderHead(nn.Module):
             embeddings: (N,256,g,g), or (1,256,g,g) shared by all N prompts.
             sparse: (N,T,256) encoded points and boxes.
             dense: (N,256,g,g) encoded mask prompts, or the no-mask embedding.
+            kept: which of SAM's masks are wanted: 0 is the single mask, 1..3 the multimask.
 
         Returns:
-            Logits (N,4,4g,4g) and predicted IoU (N,4): token 0 is the single mask, 1..3 the multimask.
+            Logits (N,M,4g,4g) and predicted IoU (N,M) of the M masks kept.
         """
         decoder = self.prompted
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -90,8 +91,8 @@ class SamDecoderHead(nn.Module):
         source = embeddings + (dense[:1] if dense.stride(0) == 0 else dense)
         hidden, image = two_way(decoder.transformer, source, _position(prompt_encoder, source), tokens)
         upscaled = _upscale(decoder.output_upscaling, image)
-        masks = _masks(hidden[:, 1 : len(own)], decoder.output_hypernetworks_mlps, upscaled)
-        return masks, decoder.iou_prediction_head(hidden[:, 0])
+        masks = _masks(hidden[:, 1 : len(own)][:, kept], decoder.output_hypernetworks_mlps[kept], upscaled)
+        return masks, decoder.iou_prediction_head(hidden[:, 0])[:, kept]
 
 
 def _position(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:

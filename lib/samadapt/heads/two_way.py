@@ -29,7 +29,7 @@ def two_way(transformer: TwoWayTransformer, image: Tensor, position: Tensor, tok
     Returns:
         Tokens (N,T,256) and image tokens (N,g*g,256).
     """
-    image, position = (x.flatten(2).transpose(1, 2) for x in (image, position))
+    image, position = (x.flatten(2).transpose(1, 2).contiguous() for x in (image, position))
     queries = tokens
     for block in transformer.layers:
         assert isinstance(block, TwoWayAttentionBlock)

@@ -9,9 +9,9 @@ that a correction never throws away what was right elsewhere.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,9 +42,12 @@ SMALLEST_PATCH = 5
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
+Answers = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
-REMEMBERED_VIEWS, REMEMBERED_SLICES, REMEMBERED_ANSWERS = 2, 64, 24
-"""How much stays in memory: volumes, embeddings of each, and answers of the decoder, which corrections need again."""
+REMEMBERED_VIEWS, REMEMBERED_SLICES, REMEMBERED_ANSWERS = 2, 64, 96
+"""How much stays in memory: volumes, embeddings of each, and answers, which every further click on a slice needs again
+(the first click's, and at most three fields for each correction)."""
 
 LEAST_IOU, LEAST_OVERLAP = 0.5, 0.4
 AREA_CHANGE = (0.35, 2.2)
@@ -149,7 +152,7 @@ class _Scene:
         self._native_axis = next(a for a in range(3) if int(self.view.turn.steps[a][0]) == self.view.axis)
         self._device = next(model.parameters()).device
         self._embeddings: OrderedDict[int, Tensor] = OrderedDict()
-        self._answers: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._answers: OrderedDict[tuple[object, ...], object] = OrderedDict()
         self._size = info.image_size
         self._cells = model.backbone.mask_size
 
@@ -214,17 +217,22 @@ class _Scene:
 
     def segment(self, clicks: _Clicks) -> Tensor:
         """Field for the prompts of one slice."""
-        found = self._best([clicks.box], clicks)[0] if clicks.box is not None else self._from_click(clicks)
+        index, box = clicks.index, clicks.box
+        if box is not None:
+            found = self._best([box], clicks)[0]
+        else:
+            first = clicks.inside[0]
+            found = self._remember(("ladder", index, first), lambda: self._from_click(index, first))
         return self._mended(found, clicks)
 
-    def _from_click(self, clicks: _Clicks) -> Tensor:
+    def _from_click(self, index: int, first: Point) -> Tensor:
         """The ladder around the first click, each answer decoded again from its own box; the best of the second."""
-        first = clicks.inside[0]
-        start = _Clicks(clicks.index, [first], [])
+        start = _Clicks(index, [first], [])
         ladder = self._boxes_around(first, np.multiply(LADDER, self._size))
-        parts = [self._part(field, first) for field in self._decode(ladder, start)[0]]
+        answers = self._decode(ladder, start)
+        parts = [self._part(field, first) for field in answers[0]]
         tight = {box: None for part in parts if (box := self._box_of(part)) is not None}
-        return self._best(list(tight) or ladder, start)[0]
+        return self._pick(self._decode(list(tight), start) if tight else answers, start)[0]
 
     def _boxes_around(self, click: Point, halves: np.ndarray) -> list[Box]:
         return [self._cut((click[0] - h, click[1] - h, click[0] + h, click[1] + h)) for h in halves]
@@ -235,22 +243,32 @@ class _Scene:
         return x0, y0, max(x0 + 1, min(width - 1.0, box[2])), max(y0 + 1, min(height - 1.0, box[3]))
 
     def _best(self, boxes: list[Box], clicks: _Clicks) -> tuple[Tensor, float]:
+        """The best candidate of all boxes, and its predicted IoU."""
+        return self._pick(self._answer(boxes, clicks), clicks)
+
+    def _pick(self, answers: Answers, clicks: _Clicks) -> tuple[Tensor, float]:
         """The candidate with the highest predicted IoU among those that hold the clicks inside."""
-        fields, ious = self._decode(boxes, clicks)
+        fields, ious = answers
         obeying = torch.tensor([all(self._has(f, c) for c in clicks.inside) for f in fields], device=ious.device)
         best = int((ious + obeying.float()).argmax())
-        return fields[best], float(ious[best])
+        return fields[best].clone(), float(ious[best])  # a view would keep all fields in memory
 
-    def _decode(self, boxes: list[Box], clicks: _Clicks) -> tuple[Tensor, Tensor]:
-        """Fields (N,m,m) and predicted IoU (N,). Only a model that was trained on clicks is shown them."""
+    def _answer(self, boxes: list[Box], clicks: _Clicks) -> Answers:
+        """What ``_decode`` gives, or gave before. Only a model that was trained on clicks is shown them."""
         shown = (clicks.index, *boxes, *((*clicks.inside, None, *clicks.outside) if self._model.info.trained else ()))
-        if shown not in self._answers:
-            self._answers[shown] = self._decode_anew(boxes, clicks)
+        return self._remember(shown, lambda: self._decode(boxes, clicks))
+
+    def _remember(self, question: tuple[object, ...], answer: Callable[[], T]) -> T:
+        """``answer()``, or what it was when the same question came before."""
+        if question not in self._answers:
+            self._answers[question] = answer()
             if len(self._answers) > REMEMBERED_ANSWERS:
                 self._answers.popitem(last=False)
-        return self._answers[shown]
+        self._answers.move_to_end(question)
+        return cast(T, self._answers[question])
 
-    def _decode_anew(self, boxes: list[Box], clicks: _Clicks) -> tuple[Tensor, Tensor]:
+    def _decode(self, boxes: list[Box], clicks: _Clicks) -> Answers:
+        """Fields (N,m,m) and predicted IoU (N,)."""
         points = labels = None
         if self._model.info.trained and (clicks.inside or clicks.outside):
             xy = torch.tensor([*clicks.inside, *clicks.outside], dtype=torch.float32, device=self._device)
@@ -300,7 +318,7 @@ class _Scene:
         chosen = disc
         if depth >= SMALLEST_PATCH:
             halves = np.multiply(CORRECTION, depth * self._size / self._cells)
-            fields, ious = self._decode(self._boxes_around(click, halves), _Clicks(index, [click], []))
+            fields, ious = self._answer(self._boxes_around(click, halves), _Clicks(index, [click], []))
             own = free & (distance <= 2.5 * depth)
             parts = [(float(iou), self._part(f, click) & own) for f, iou in zip(fields, ious, strict=True)]
             fitting = [(iou, part) for iou, part in parts if part.sum() >= 0.5 * disc.sum()]
