@@ -40,7 +40,7 @@ from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.errors import ConfigError, InputError, SamAdaptError
-from samadapt.evaluation import bench_report, speed
+from samadapt.evaluation import bench_report, growth, speed
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.metrics import dice
 from samadapt.evaluation.unet import train_unet
@@ -91,7 +91,8 @@ SETS = {
 }
 CLICKS = "clicks"
 SPEED = "speed"
-PARTS = (*SETS, CLICKS, SPEED)
+GROWTH = "growth"
+PARTS = (*SETS, CLICKS, SPEED, GROWTH)
 
 CLICKED_CASES = 10
 """Test cases of each set that are clicked on."""
@@ -269,6 +270,14 @@ def run_speed(output: Path, records: Records) -> None:
         print(f"  {result['name']}: {result['ratio']:.2f} times as fast as {result['rival']}", file=sys.stderr)
 
 
+def run_growth(shared: Path, output: Path, records: Records) -> None:
+    """Measure memory, waiting times and the like, each for itself."""
+    for figure in growth.figures(shared, output / GROWTH):
+        settings = {"figure": figure.name, "unit": figure.unit, "wanted": figure.wanted}
+        result = records.measure(f"{GROWTH}/{figure.name}", settings, figure.measure)
+        print(f"  {figure.name}: {result['value']:.3g} {figure.unit} (at most {figure.wanted:g})", file=sys.stderr)
+
+
 def _click(model: AdaptedModel, cases: Sequence[Case], target: Target, name: str) -> dict[str, Any]:
     """Dice after 1, 2, ... clicks of each case, on the slice that shows most of the object."""
     found: dict[str, list[float]] = {}
@@ -420,6 +429,8 @@ def _run(options: argparse.Namespace) -> None:
                 run_clicks(target, options.shared, options.output, records)
         elif key == SPEED:
             run_speed(options.output, records)
+        elif key == GROWTH:
+            run_growth(options.shared, options.output, records)
         else:
             run_set(SETS[key], options.shared, options.minutes, options.output, records)
         bench_report.write(records.value, options.output)

@@ -41,7 +41,7 @@ def write(value: Mapping[str, Any], output: Path) -> None:
         output: folder.
     """
     results = value["results"]
-    sets = dict.fromkeys(key.split("/")[0] for key in results if not key.startswith(("clicks/", "speed/")))
+    sets = dict.fromkeys(key.split("/")[0] for key in results if not key.startswith(("clicks/", "speed/", "growth/")))
     parts = [_machine(value["machine"]), *(_set(name, results) for name in sets)]
     clicks = {key.removeprefix("clicks/"): record for key, record in results.items() if key.startswith("clicks/")}
     if clicks:
@@ -49,6 +49,8 @@ def write(value: Mapping[str, Any], output: Path) -> None:
         _draw_clicks(clicks, output / CLICKS_PICTURE)
     if duels := [record for key, record in results.items() if key.startswith("speed/")]:
         parts.append(_speed(duels))
+    if figures := [record for key, record in results.items() if key.startswith("growth/")]:
+        parts.append(_growth(figures))
     with atomic_path(output / PAGE) as temporary:
         temporary.write_text("\n\n".join(["# Bench", *parts]) + "\n", encoding="utf-8")
 
@@ -65,6 +67,17 @@ def _speed(duels: Sequence[Mapping[str, Any]]) -> str:
         f"| {duel['name']} | {duel['rival']} | {1000 * duel['ours_seconds']:.0f} | {1000 * duel['rival_seconds']:.0f} "
         f"| {duel['ratio']:.2f} | {duel['target']:.2f} |"
         for duel in duels
+    ]
+    return "\n".join([*head, *rows])
+
+
+def _growth(figures: Sequence[Mapping[str, Any]]) -> str:
+    """A table of every figure that is to stay below a limit."""
+    head = ["## Growth and waiting", "", "| what | measured | at most |", "| --- | ---: | ---: |"]
+    rows = [
+        f"| {s['figure']} | {figure['value']:.3g} {s['unit']} | {s['wanted']:g} {s['unit']} |"
+        for figure in figures
+        for s in [figure["settings"]]
     ]
     return "\n".join([*head, *rows])
 

@@ -22,6 +22,9 @@ from samadapt.data.window import Window
 from samadapt.errors import InputError
 from samadapt.files import atomic_path, write_json
 
+PREPARED = 1
+"""Version of how slices are prepared and kept on disk: raise it with any change, and old ones are made anew."""
+
 ANY_SLICE = 0.2
 """Share of slices drawn from all; the others show a class that is drawn first, so that rare classes are seen."""
 
@@ -183,7 +186,7 @@ def _key(case: Case, labels: LabelMap, window: Window, size: int) -> str:
     """Hex name of a case's prepared slices: changes with the files and with everything that shapes the slices."""
     files = [path for path in (case.image, case.label) if path is not None]
     states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    parts = [states, sorted((case.values or {}).items()), labels.names, window.to_dict(), size]
+    parts = [PREPARED, states, sorted((case.values or {}).items()), labels.names, window.to_dict(), size]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
