@@ -182,9 +182,11 @@ def train(
         value = {**plain(result), "labels": label_map.names}
         rows = [[name, figure(score)] for name, score in result.dice.items()]
         shown = [table("Dice on the held-out cases", ["structure", "Dice"], rows)] if rows else []
-        clicks = f"One click: Dice {result.clicks.adapted:.2f}, by the plain model {result.clicks.plain:.2f}."
-        ending = f"{result.model}\n{result.steps} steps in {result.seconds:.0f} s; {result.reason}.\n{clicks}"
-        ending = "\n".join([ending, *result.remarks])
+        lines = [str(result.model), f"{result.steps} steps in {result.seconds:.0f} s; {result.reason}."]
+        if result.clicks.objects:
+            scores = result.clicks
+            lines.append(f"One click: Dice {scores.adapted:.2f}, by the plain model {scores.plain:.2f}.")
+        ending = "\n".join([*lines, *result.remarks])
         out.result(value, *shown, ending)
 
 

@@ -80,10 +80,24 @@ def _label_map(text: str) -> LabelMap:
     return LabelMap.from_config(text)
 
 
-def _recipe_names() -> Sequence[str]:
+def _recipe(text: str) -> str:
     from samadapt import recipes  # torch, only when somebody names a recipe
 
-    return recipes.names()
+    try:
+        return recipes.get(text).name
+    except ConfigError as error:
+        raise ValueError(f"{error.what}. {error.remedy}") from None
+
+
+def _blocks(text: str) -> tuple[int, ...] | str | None:
+    if text in ("all", "late"):
+        return text
+    if text == "auto":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError("'auto', 'all', 'late', or block numbers such as 0,1,10,11 are needed.")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _about(help_text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -101,8 +115,12 @@ class AppConfig:
     weights: Path | None = field(
         default=None, metadata=_about("checkpoint file to use instead of the backbone's own weights", _file)
     )
-    recipe: str = field(
-        default="lora_late", metadata=_about("how the model adapts: see `samadapt recipes`", _one_of(_recipe_names))
+    recipe: str = field(default="lora_late", metadata=_about("how the model adapts: see `samadapt recipes`", _recipe))
+    blocks: tuple[int, ...] | str | None = field(
+        default=None,
+        metadata=_about(
+            "encoder blocks that learn: 'all', 'late', numbers as 0,1,11, or 'auto' (the recipe's)", _blocks
+        ),
     )
     labels: LabelMap | None = field(
         default=None,
@@ -142,12 +160,30 @@ class AppConfig:
         Raises:
             ConfigError: an unknown key (the valid ones are listed), or a value that the key does not allow.
         """
-        return cls(**parse_values(values))
+        return cls(**_with_backbone(parse_values(values)))
 
     @classmethod
     def describe(cls) -> list[tuple[str, Any, str]]:
         """``(key, default, help text)`` of every key, for help pages and documentation."""
         return [(item.name, item.default, item.metadata["help"]) for item in fields(cls)]
+
+
+def _with_backbone(parsed: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that belongs to one backbone brings it along."""
+    if "recipe" not in parsed:
+        return parsed
+    from samadapt import recipes
+
+    needed = recipes.get(parsed["recipe"]).backbone
+    if needed is None:
+        return parsed
+    if parsed.setdefault("backbone", needed) != needed:
+        raise ConfigError(
+            f"the recipe {parsed['recipe']} belongs to {needed}, not {parsed['backbone']}",
+            where="backbone",
+            remedy="Leave the backbone out, or choose the recipe that names it.",
+        )
+    return parsed
 
 
 def parse_values(values: Mapping[str, Any], allowed: Sequence[str] | None = None) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class SliceEncoder:
 
     def _embed(self, view: ModelView, indices: Sequence[int]) -> Tensor:
         assert self._cache is not None
+        if not self._model.learns_encoder:  # its tokens are its embeddings: one copy is enough
+            return self.tokens(view.images(indices))
         keys = [self.tokens_key(view.key, index) for index in indices]
         tokens = self._cache.gather(keys, lambda missing: self.tokens(view.images([indices[n] for n in missing])))
         with working_precision(self._device):

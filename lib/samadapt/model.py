@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samadapt import __version__, backbones
-from samadapt.adapters import inject_lora, merge_lora
-from samadapt.adapters.lora import adapter_parameters
+from samadapt.adapters.side import pack, unpack
 from samadapt.backbones import Backbone
 from samadapt.data.labels import LabelMap
 from samadapt.data.window import Window
-from samadapt.errors import InputError, StateError, WeightsError
+from samadapt.errors import ConfigError, InputError, StateError, WeightsError
 from samadapt.files import atomic_path
-from samadapt.heads import SamDecoderHead
 from samadapt.recipes import Recipe
 
 FORMAT = "samadapt-model-1"
@@ -61,7 +59,7 @@ class ModelInfo:
         value = {
             "format": FORMAT,
             "samadapt": __version__,
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.to_dict(),
             "labels": list(self.labels.names),
             "backbone": self.backbone,
             "weights_sha256": self.weights_sha256,
@@ -106,7 +104,7 @@ class ModelInfo:
 
 
 class AdaptedModel(nn.Module):
-    """Embeds slices once, then answers with classes (no prompt) or with masks for points and boxes.
+    """Embeds slices once, then answers: classes, and where its head can, masks for points and boxes.
 
     Build one with ``samadapt.recipes.build`` or ``AdaptedModel.load``; the constructor changes ``backbone`` in place.
 
@@ -117,27 +115,45 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, backbone: Backbone, info: ModelInfo) -> None:
         super().__init__()
+        recipe = info.recipe
         self.backbone = backbone.requires_grad_(False)
         self.info = info
-        self.first_trainable_block = inject_lora(backbone, info.recipe.adapter, info.recipe.seed)
+        self.first_trainable_block = recipe.adapter.inject(backbone, recipe.seed)
+        if recipe.side is not None and self.first_trainable_block is not None:
+            raise ConfigError("a side network needs a frozen encoder", where="side", remedy="Choose one of the two.")
+        self.side = recipe.side.build(backbone, recipe.seed) if recipe.side else None
+        self.head = recipe.head.build(backbone, info.labels, recipe.seed)
+        self._trainable = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         self._encoder_frozen = False
-        self._merged_key: str | None = None
-        self.head = SamDecoderHead(backbone.mask_decoder, len(info.labels.names), seed=info.recipe.seed)
+        self._merged = False
+        self._fixed_key: str | None = None
 
     def embed(self, images: Tensor) -> Tensor:
         """(B,3,S,S) in [0,1] -> (B,256,g,g)."""
-        return self.backbone.embed(images)
+        return self._finish(self._begin(images))
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B,3,S,S) in [0,1] -> what enters the first trainable block, or the frozen encoder's embedding (B,256,g,g).
+        """(B,3,S,S) in [0,1] -> what no training changes, batch first: all that ``embed_tokens`` needs.
 
-        No training changes it.
+        The tokens that enter the first trainable block; of a frozen encoder the embedding (B,256,g,g), and with a side
+        network that and the images as one vector each.
         """
-        return self.embed(images) if self._encoder_frozen else self.backbone.tokens(images, self.first_trainable_block)
+        return self.embed(images) if self._encoder_frozen else self._begin(images)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """What ``tokens`` gave -> (B,256,g,g)."""
-        return tokens if self._encoder_frozen else self.backbone.embed_tokens(tokens, self.first_trainable_block)
+        return tokens if self._encoder_frozen else self._finish(tokens)
+
+    def _begin(self, images: Tensor) -> Tensor:
+        if self.first_trainable_block is not None:
+            return self.backbone.tokens(images, self.first_trainable_block)
+        embeddings = self.backbone.embed(images)
+        return embeddings if self.side is None else pack(embeddings, images)
+
+    def _finish(self, tokens: Tensor) -> Tensor:
+        if self.first_trainable_block is not None:
+            return self.backbone.embed_tokens(tokens, self.first_trainable_block)
+        return tokens if self.side is None else self.side(*unpack(tokens, self.backbone))
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """(B,256,g,g) -> (B,K+1,4g,4g), background first, without any prompt."""
@@ -164,7 +180,14 @@ class AdaptedModel(nn.Module):
 
         Returns:
             Logits (N,M,4g,4g) and predicted IoU (N,M); M is 1, or 3 with ``multimask``.
+
+        Raises:
+            StateError: the recipe's head takes neither points nor boxes.
         """
+        if not self.takes_prompts:
+            raise StateError(
+                f"{self.info.recipe.name} answers no points or boxes", remedy="Let the plain model answer."
+            )
         clicks = (points, point_labels) if points is not None else None
         sparse, dense = self.backbone.prompt_encoder(clicks, boxes, mask_logits)
         kept = slice(1, None) if multimask else slice(0, 1)
@@ -174,16 +197,36 @@ class AdaptedModel(nn.Module):
         """(B,3,S,S) in [0,1] -> (B,K+1,4g,4g) class logits."""
         return self.class_logits(self.embed(images))
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether ``prompt_masks`` answers points and boxes."""
+        return "box" in self.head.prompts
+
+    @property
+    def learns_encoder(self) -> bool:
+        """Whether training changes embeddings, and not the head alone."""
+        return any(not name.startswith("head.") for name in self._trainable)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that training may change, by name; all others stay byte for byte those of the base.
 
         Those that do not require gradients stay as they are for now (``freeze_encoder``).
         """
-        adapter = {f"backbone.{name}": p for name, p in adapter_parameters(self.backbone).items()}
-        return adapter | {f"head.{name}": p for name, p in self.head.named_parameters()}
+        parameters = dict(self.named_parameters())
+        return {name: parameters[name] for name in self._trainable if name in parameters}
+
+    def kept(self) -> dict[str, Tensor]:
+        """Every tensor that differs from the base or cannot be rebuilt from it, by name: what a model file holds."""
+        copied = {f"head.{name}" for name in self.head.copied()}
+        own = {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if name.startswith(("head.", "side.")) and name not in copied
+        }
+        return self.trainable() | own
 
     def freeze_encoder(self) -> None:
-        """Leave the adapter as it is from now on; only the head gets gradients."""
+        """Leave the adapter and the side network as they are from now on; only the head gets gradients."""
         self._set_frozen(True)
 
     def release_encoder(self) -> None:
@@ -192,29 +235,37 @@ class AdaptedModel(nn.Module):
 
     def _set_frozen(self, frozen: bool) -> None:
         self._encoder_frozen = frozen
-        for parameter in adapter_parameters(self.backbone).values():
-            parameter.requires_grad_(not frozen)
+        self._fixed_key = self.encoder_key() if frozen else None
+        for name, parameter in self.trainable().items():
+            if not name.startswith("head."):
+                parameter.requires_grad_(not frozen)
 
     def merge(self) -> None:
-        """Fold the adapter into plain encoder weights, in place, for inference at the base model's cost."""
-        self._merged_key = self.encoder_key()
-        merge_lora(self.backbone)
+        """Fold the adapter into plain encoder weights where it can be, in place, for inference at the base's cost."""
+        self._fixed_key = self.encoder_key()
+        self._merged = True
+        self.info.recipe.adapter.merge(self.backbone)
 
     @property
     def frozen_key(self) -> str:
         """Names what ``tokens`` computes; the same for every version that was trained with one recipe on one base."""
         if self._encoder_frozen:
             return self.encoder_key()
-        return f"tokens {self.info.weights_sha256[:16]}-{self.first_trainable_block}"
+        entered = "neck" if self.first_trainable_block is None else self.first_trainable_block
+        images = "" if self.side is None else "-images"
+        return f"tokens {self.info.weights_sha256[:16]}-{entered}{images}"
 
     def encoder_key(self) -> str:
-        """Names what ``embed`` computes; changes with every training step."""
-        if self._merged_key is not None:
-            return self._merged_key
+        """Names what ``embed`` computes; changes with every training step that changes it."""
+        if self._fixed_key is not None:
+            return self._fixed_key
+        if not self.learns_encoder:
+            return self.frozen_key
         digest = hashlib.sha256(self.info.weights_sha256.encode())
-        for name, parameter in sorted(adapter_parameters(self.backbone).items()):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        for name, tensor in sorted(self.kept().items()):
+            if not name.startswith("head."):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().data)
         return f"embedding {digest.hexdigest()[:32]}"
 
     def describe(self, **changes: Any) -> None:
@@ -227,9 +278,9 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: the adapter was merged, so it can no longer be told from the base.
         """
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.trainable().items()}
-        if not any(name.startswith("backbone.") for name in tensors):
+        if self._merged:
             raise StateError("a merged model cannot be saved", where=path, remedy="Save before merging.")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.kept().items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"samadapt": self.info.to_json()})
 
@@ -265,7 +316,7 @@ class AdaptedModel(nn.Module):
         Raises:
             InputError: the file's tensors are not this model's, by name or by shape.
         """
-        own = self.trainable()
+        own = self.kept()
         with _open(Path(path)) as file:
             names = set(file.keys())
             if difference := names ^ set(own):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samadapt.adapters.lora import LoraConfig
+from samadapt import adapters, heads
+from samadapt.adapters import (
+    BottleneckAdapter,
+    EncoderAdapter,
+    Frozen,
+    FullTuning,
+    LoraConfig,
+    PeftAdapter,
+    SideConfig,
+)
+from samadapt.adapters.peft_tuners import fitting_tuners, known_tuners
+from samadapt.config import BACKBONES, closest
 from samadapt.errors import ConfigError
+from samadapt.heads import HeadConfig, SamHead
 
 if TYPE_CHECKING:
     from samadapt.backbones import Backbone
+    from samadapt.config import AppConfig
     from samadapt.data.labels import LabelMap
     from samadapt.model import AdaptedModel
 
@@ -23,21 +36,27 @@ class Recipe:
         name: registry name.
         summary: one line for people.
         adapter: what learns inside the encoder.
+        side: what learns beside it; only with a frozen encoder.
+        head: what turns embeddings into masks.
+        backbone: the one that it belongs to; None fits every backbone.
         context: see ``ModelInfo.context``; colour images always keep their own channels.
-        learning_rate: AdamW's peak rate for the adapter.
-        head_learning_rate: AdamW's peak rate for the decoder of classes.
+        learning_rate: AdamW's peak rate for the adapter and the side network.
+        head_learning_rate: AdamW's peak rate for the head that finds classes.
         prompt_learning_rate: the same for the decoder of prompts, which starts out skilled.
         weight_decay: AdamW's, for matrices only (not for norms, biases and tokens).
         warmup: share of the training, 0..1, over which the rate rises from zero.
         batch_size: slices per step.
         copies: augmented copies of each slice; what is frozen runs once for each of them.
-        prompt_weight: weight of the prompted loss beside the class loss; 0 trains no prompts.
+        prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
         seed: of all randomness.
     """
 
     name: str
     summary: str
-    adapter: LoraConfig = field(default_factory=LoraConfig)
+    adapter: EncoderAdapter = field(default_factory=LoraConfig)
+    side: SideConfig | None = None
+    head: HeadConfig = field(default_factory=SamHead)
+    backbone: str | None = None
     context: int = 1
     learning_rate: float = 2e-3
     head_learning_rate: float = 2e-3
@@ -49,11 +68,45 @@ class Recipe:
     prompt_weight: float = 0.3
     seed: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """For the header of a model file."""
+        parts = {"adapter": self.adapter, "side": self.side, "head": self.head}
+        return asdict(self) | {name: part.to_dict() if part else None for name, part in parts.items()}
+
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Recipe:
-        """Inverse of ``dataclasses.asdict`` after a way through JSON."""
-        adapter: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["adapter"].items()}
-        return cls(**{**value, "adapter": LoraConfig(**adapter)})
+        """Inverse of ``to_dict`` after a way through JSON; a file of the first version names no side and no head."""
+        side, head = value.get("side"), value.get("head")
+        parts = {
+            "adapter": adapters.from_dict(value["adapter"]),
+            "side": adapters.side_from_dict(side) if side else None,
+            "head": heads.from_dict(head) if head else SamHead(),
+        }
+        return cls(**(value | parts))
+
+
+_STUDY = "ft"
+"""First word of the finetune-SAM study's combinations: ft/<backbone>/<part>/<method> (arXiv 2404.09957, figure 1)."""
+
+_PARTS = ("encoder+decoder", "decoder")
+_METHODS: dict[str, tuple[EncoderAdapter, SamHead]] = {
+    "vanilla": (FullTuning(), SamHead()),
+    "adapter": (BottleneckAdapter(), SamHead("bottleneck")),
+    "lora": (LoraConfig(rank=4, alpha=4), SamHead("lora")),
+}
+
+
+def _study(backbone: str, part: str, method: str) -> Recipe:
+    adapter, head = _METHODS[method]
+    gentle = {"learning_rate": 1e-4} if method == "vanilla" else {}
+    return Recipe(
+        name=f"{_STUDY}/{backbone}/{part}/{method}",
+        summary=f"finetune-SAM: {method} tuning of the {part.replace('+', ' and the ')}",
+        adapter=Frozen() if part == "decoder" else adapter,
+        head=head,
+        backbone=backbone,
+        **gentle,  # type: ignore[arg-type]
+    )
 
 
 _RECIPES = {
@@ -65,15 +118,34 @@ _RECIPES = {
             summary="LoRA on q and v in the second half of the encoder only: about twice the steps in the same time",
             adapter=LoraConfig(blocks="late"),
         ),
+        Recipe(
+            name="samed",
+            summary="SAMed: LoRA of rank 4 on q and v of every block, the whole decoder",
+            adapter=LoraConfig(rank=4, alpha=4),
+        ),
+        *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
+        *(
+            Recipe(
+                name=f"peft/{tuner}", summary=f"peft's {tuner} on q and v of every block", adapter=PeftAdapter(tuner)
+            )
+            for tuner in known_tuners()
+        ),
     ]
 }
 
 DEFAULT = "lora_late"
 
+PLAIN = Recipe(name="plain", summary="the backbone as it came", adapter=Frozen(), context=0)
+"""Answers points and boxes before anything was learned, and wherever a trained model does worse."""
+
+
+_PEFT = "peft/"
+
 
 def names() -> list[str]:
-    """Names of all recipes."""
-    return list(_RECIPES)
+    """Names of all recipes; of peft's tuners those that fit."""
+    fitting = {f"{_PEFT}{tuner}" for tuner in fitting_tuners()}
+    return [name for name in _RECIPES if not name.startswith(_PEFT) or name in fitting]
 
 
 def get(name: str, **overrides: Any) -> Recipe:
@@ -83,7 +155,13 @@ def get(name: str, **overrides: Any) -> Recipe:
         ConfigError: unknown name or field; the message lists the valid ones.
     """
     if name not in _RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}", where="recipe", remedy=f"Choose among {', '.join(_RECIPES)}.")
+        raise ConfigError(f"unknown recipe {name!r}", where="recipe", remedy=closest(name, names()))
+    if name.startswith(_PEFT) and name not in names():
+        raise ConfigError(
+            f"peft's {name.removeprefix(_PEFT)} does not adapt linear layers",
+            where="recipe",
+            remedy=f"These do: {', '.join(fitting_tuners())}.",
+        )
     known = {f.name for f in fields(Recipe)} - {"name", "summary"}
     if unknown := sorted(set(overrides) - known):
         raise ConfigError(
@@ -92,10 +170,29 @@ def get(name: str, **overrides: Any) -> Recipe:
     return replace(_RECIPES[name], **overrides)
 
 
+def configured(config: AppConfig) -> Recipe:
+    """The recipe of ``config`` with its blocks and context, where it sets them.
+
+    Raises:
+        ConfigError: the recipe adapts no blocks.
+    """
+    recipe = get(config.recipe)
+    if config.context is not None:
+        recipe = replace(recipe, context=config.context)
+    if config.blocks is not None:
+        if not hasattr(recipe.adapter, "blocks"):
+            raise ConfigError(
+                f"the recipe {recipe.name} leaves every block as it is", where="blocks", remedy="Omit it."
+            )
+        blocks = None if config.blocks == "all" else config.blocks
+        recipe = replace(recipe, adapter=replace(recipe.adapter, blocks=blocks))  # type: ignore[call-arg]
+    return recipe
+
+
 def build(
     name: str | Recipe,
     labels: LabelMap | list[str] | tuple[str, ...],
-    backbone: Backbone | str = "lite_medsam",
+    backbone: Backbone | str | None = None,
     weights: str | Path | None = None,
     image_size: int | None = None,
     **overrides: Any,
@@ -105,7 +202,7 @@ def build(
     Args:
         name: a recipe or its name.
         labels: foreground classes, in the order of the logits.
-        backbone: registry name, or a loaded backbone (adapted in place).
+        backbone: registry name, or a loaded backbone (adapted in place); None takes the recipe's, else LiteMedSAM.
         weights: base weights for a named backbone; see ``samadapt.backbones.load``.
         image_size: side of the square input in pixels for a named backbone.
         overrides: fields of the recipe to replace.
@@ -115,7 +212,8 @@ def build(
     from samadapt.model import AdaptedModel, ModelInfo
 
     recipe = get(name, **overrides) if isinstance(name, str) else replace(name, **overrides)
-    base = backbones.load(backbone, weights, image_size) if isinstance(backbone, str) else backbone
+    chosen = backbone or recipe.backbone or BACKBONES[0]
+    base = backbones.load(chosen, weights, image_size) if isinstance(chosen, str) else chosen
     label_map = labels if isinstance(labels, LabelMap) else LabelMap(tuple(labels))
     info = ModelInfo(recipe, label_map, base.name, base.weights_sha256, base.image_size)
     return AdaptedModel(base, info).eval()

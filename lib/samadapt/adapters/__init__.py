@@ -1,5 +1,43 @@
-"""What learns inside the frozen encoder."""
+"""What learns inside the image encoder."""
 
-from samadapt.adapters.lora import LoraConfig, inject_lora, merge_lora
+from __future__ import annotations
 
-__all__ = ["LoraConfig", "inject_lora", "merge_lora"]
+from typing import Any
+
+from samadapt.adapters.base import Blocks, EncoderAdapter
+from samadapt.adapters.bottleneck import BottleneckAdapter
+from samadapt.adapters.lora import LoraConfig
+from samadapt.adapters.peft_tuners import PeftAdapter
+from samadapt.adapters.plain import Frozen, FullTuning
+from samadapt.adapters.side import SideConfig
+
+__all__ = [
+    "Blocks",
+    "BottleneckAdapter",
+    "EncoderAdapter",
+    "Frozen",
+    "FullTuning",
+    "LoraConfig",
+    "PeftAdapter",
+    "SideConfig",
+    "from_dict",
+    "side_from_dict",
+]
+
+_KINDS = {adapter.kind: adapter for adapter in (Frozen, FullTuning, LoraConfig, BottleneckAdapter, PeftAdapter)}
+
+_SIDES: dict[str, type[SideConfig]] = {}
+
+
+def from_dict(value: dict[str, Any]) -> EncoderAdapter:
+    """Inverse of ``EncoderAdapter.to_dict`` after a way through JSON. Files of the first version are LoRA's."""
+    return _KINDS[value.get("kind", LoraConfig.kind)](**_fields(value))
+
+
+def side_from_dict(value: dict[str, Any]) -> SideConfig:
+    """Inverse of ``SideConfig.to_dict`` after a way through JSON."""
+    return _SIDES[value["kind"]](**_fields(value))
+
+
+def _fields(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "kind"}

@@ -80,6 +80,12 @@ class ImageEncoder(nn.Module):
     ``second_part(first_part(x, k), k)`` is ``forward(x)`` for every k from 0 to the number of blocks.
     """
 
+    neck: nn.Module
+
+    def steps(self) -> list[tuple[nn.Module, ...]]:
+        """The modules of every block in their order: the block itself, and what follows before the next one."""
+        raise NotImplementedError
+
     def first_part(self, x: Tensor, block: int) -> Tensor:
         """(B,3,S,S) normalised -> the tokens that enter block ``block`` (behind the last one: that enter the neck)."""
         raise NotImplementedError

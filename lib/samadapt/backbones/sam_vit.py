@@ -29,6 +29,9 @@ class SamViT(ImageEncoderViT, ImageEncoder):
     blocks: nn.ModuleList
     neck: nn.Module
 
+    def steps(self) -> list[tuple[nn.Module, ...]]:
+        return [(block,) for block in self.blocks]
+
     def first_part(self, x: Tensor, block: int) -> Tensor:
         tokens = self.patch_embed(x)
         if self.pos_embed is not None:

@@ -253,13 +253,13 @@ class TinyViT(ImageEncoder):
 
     def first_part(self, x: Tensor, block: int) -> Tensor:
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-        return _run(self._steps()[:block], x)
+        return _run(self.steps()[:block], x)
 
     def second_part(self, tokens: Tensor, block: int) -> Tensor:
         tokens = tokens.contiguous(memory_format=torch.channels_last)
-        return self.neck(_run(self._steps()[block:], tokens))
+        return self.neck(_run(self.steps()[block:], tokens))
 
-    def _steps(self) -> list[tuple[nn.Module, ...]]:
+    def steps(self) -> list[tuple[nn.Module, ...]]:
         return [step for stage in self.layers if isinstance(stage, Stage) for step in stage.steps()]
 
 

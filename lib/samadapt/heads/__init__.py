@@ -1,5 +1,18 @@
 """What turns an embedding (and prompts) into masks."""
 
-from samadapt.heads.sam_decoder import SamDecoderHead
+from __future__ import annotations
 
-__all__ = ["SamDecoderHead"]
+from typing import Any
+
+from samadapt.heads.base import Head, HeadConfig
+from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
+
+__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "from_dict"]
+
+_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead,)}
+
+
+def from_dict(value: dict[str, Any]) -> HeadConfig:
+    """Inverse of ``HeadConfig.to_dict`` after a way through JSON."""
+    fields = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "kind"}
+    return _KINDS[value["kind"]](**fields)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
@@ -11,7 +13,11 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samadapt.heads.two_way import two_way
+from samadapt.adapters.peft_tuners import inject_tuner
+from samadapt.backbones.base import Backbone
+from samadapt.data.labels import LabelMap
+from samadapt.heads.base import Head, HeadConfig
+from samadapt.heads.two_way import add_bottlenecks, two_way
 
 INITIAL_NOISE = 0.02
 """Standard deviation of the noise on copied class tokens, relative to that of the tokens."""
@@ -47,7 +53,7 @@ class ClassDecoder(nn.Module):
         return _masks(hidden[:, 1:], self.hypernetworks, _upscale(self.upscaling, image))
 
 
-class SamDecoderHead(nn.Module):
+class SamDecoderHead(Head):
     """Two decoders on the same embeddings: one for classes, and SAM's own for prompts.
 
     They are apart because learning classes with a shared one made it forget how to follow prompts: after four minutes
@@ -66,24 +72,16 @@ class SamDecoderHead(nn.Module):
         self.classes = ClassDecoder(decoder, num_classes, seed).requires_grad_(True)
         self.prompted = copy.deepcopy(decoder).requires_grad_(True)
 
+    def copied(self) -> set[str]:
+        new = ("classes.class_tokens", "classes.hypernetworks.", "classes.first_token")
+        return {name for name, p in self.named_parameters() if not p.requires_grad and not name.startswith(new)}
+
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
-        """(B,256,g,g) -> (B,K+1,4g,4g) logits, background first. No prompt is used."""
         return self.classes(embeddings, _no_mask(prompt_encoder, embeddings), _position(prompt_encoder, embeddings))
 
     def prompt_masks(
         self, embeddings: Tensor, sparse: Tensor, dense: Tensor, prompt_encoder: PromptEncoder, kept: slice
     ) -> tuple[Tensor, Tensor]:
-        """Masks for encoded prompts.
-
-        Args:
-            embeddings: (N,256,g,g), or (1,256,g,g) shared by all N prompts.
-            sparse: (N,T,256) encoded points and boxes.
-            dense: (N,256,g,g) encoded mask prompts, or the no-mask embedding.
-            kept: which of SAM's masks are wanted: 0 is the single mask, 1..3 the multimask.
-
-        Returns:
-            Logits (N,M,4g,4g) and predicted IoU (N,M) of the M masks kept.
-        """
         decoder = self.prompted
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
@@ -93,6 +91,59 @@ class SamDecoderHead(nn.Module):
         upscaled = _upscale(decoder.output_upscaling, image)
         masks = _masks(hidden[:, 1 : len(own)][:, kept], decoder.output_hypernetworks_mlps[kept], upscaled)
         return masks, decoder.iou_prediction_head(hidden[:, 0])[:, kept]
+
+
+Learns = Literal["all", "classes", "upscaling", "lora", "bottleneck"]
+
+DECODER_ATTENTION = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token", "final_attn_token_to_image")
+
+
+@dataclass(frozen=True)
+class SamHead(HeadConfig):
+    """SAM's decoder with class tokens, and a second one that goes on answering points and boxes.
+
+    Attributes:
+        learns: what of both decoders: "all"; "classes" (mask tokens, their hyper-networks and the upscaling);
+            "upscaling" alone (SAM-LST's code); "lora" (LoRA on q and v of every attention, and all that is behind the
+            transformer: SAMed_s, finetune-SAM); "bottleneck" (an adapter after the attentions and beside the
+            perceptron of both blocks: finetune-SAM; tokens and hyper-networks learn, too, since those of the classes
+            are new).
+        rank: of LoRA.
+    """
+
+    kind = "sam"
+    learns: Learns = "all"
+    rank: int = 4
+
+    def build(self, backbone: Backbone, labels: LabelMap, seed: int) -> Head:
+        head = SamDecoderHead(backbone.mask_decoder, len(labels.names), seed)
+        for part in (head.classes, head.prompted):
+            self._limit(part, seed)
+        return head
+
+    def _limit(self, decoder: ClassDecoder | MaskDecoder, seed: int) -> None:
+        """Let ``decoder`` learn what the configuration says."""
+        if self.learns == "all":
+            return
+        decoder.transformer.requires_grad_(False)
+        if self.learns == "lora":
+            names = [
+                f"{path}.{part}"
+                for path, _ in decoder.transformer.named_modules()
+                if path.split(".")[-1] in DECODER_ATTENTION
+                for part in ("q_proj", "v_proj")
+            ]
+            inject_tuner(decoder.transformer, "lora", {"r": self.rank, "lora_alpha": self.rank}, names, seed)
+        elif self.learns == "bottleneck":
+            add_bottlenecks(decoder.transformer, seed)
+            _upscaling(decoder).requires_grad_(False)
+        elif self.learns == "upscaling":
+            decoder.requires_grad_(False)
+            _upscaling(decoder).requires_grad_(True)
+
+
+def _upscaling(decoder: ClassDecoder | MaskDecoder) -> nn.Module:
+    return decoder.upscaling if isinstance(decoder, ClassDecoder) else decoder.output_upscaling
 
 
 def _position(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ from segment_anything.modeling.transformer import Attention, TwoWayAttentionBloc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samadapt.adapters.bottleneck import Bottleneck, ParallelAdapter
+
+BOTTLENECK_RATIO = 0.25
+
 
 def two_way(transformer: TwoWayTransformer, image: Tensor, position: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What ``transformer(image, position, tokens)`` gives.
@@ -38,6 +42,23 @@ def two_way(transformer: TwoWayTransformer, image: Tensor, position: Tensor, tok
     return transformer.norm_final_attn(queries), image
 
 
+def add_bottlenecks(transformer: TwoWayTransformer, seed: int) -> None:
+    """Put adapters into both blocks, as the finetune-SAM study does (arXiv 2404.09957): one shared by tokens and image
+    behind their attentions to each other, and one beside the perceptron. They start at zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for block in transformer.layers:
+            dim = block.norm1.normalized_shape[0]
+            hidden = int(dim * BOTTLENECK_RATIO)
+            block.bottleneck = Bottleneck(dim, hidden)
+            block.mlp = ParallelAdapter(block.mlp, Bottleneck(dim, hidden))
+
+
+def _adapted(block: TwoWayAttentionBlock, x: Tensor) -> Tensor:
+    """``x`` behind an attention, through the block's adapter where it has one."""
+    return x + block.bottleneck(x) if hasattr(block, "bottleneck") else x
+
+
 def _block(
     block: TwoWayAttentionBlock, queries: Tensor, image: Tensor, tokens: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -48,9 +69,11 @@ def _block(
         queries = queries + _attend(block.self_attn, queries + tokens, queries + tokens, queries)
     queries = block.norm1(queries)
     placed = image + position
-    queries = block.norm2(queries + _read_image(block.cross_attn_token_to_image, queries + tokens, placed, image))
+    queries = queries + _read_image(block.cross_attn_token_to_image, queries + tokens, placed, image)
+    queries = block.norm2(_adapted(block, queries))
     queries = block.norm3(queries + block.mlp(queries))
-    return queries, block.norm4(_write_image(block.cross_attn_image_to_token, image, placed, queries + tokens, queries))
+    image = _write_image(block.cross_attn_image_to_token, image, placed, queries + tokens, queries)
+    return queries, block.norm4(_adapted(block, image))
 
 
 def _read_image(attention: Attention, queries: Tensor, placed: Tensor, image: Tensor) -> Tensor:

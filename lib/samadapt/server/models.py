@@ -106,7 +106,7 @@ class Models:
     def _load(self, published: Path | None) -> Served:
         config = self._config
         if published is None:
-            model = recipes.build(config.recipe, _PLACEHOLDER, config.backbone, config.weights, config.image_size)
+            model = recipes.build(recipes.PLAIN, _PLACEHOLDER, config.backbone, config.weights, config.image_size)
             version = PLAIN
         else:
             own_base = read_info(published).backbone == config.backbone

@@ -59,7 +59,8 @@ def compare_clicks(
 ) -> ClickScores:
     """Click once on some objects, with the trained model and with the plain one.
 
-    Training for classes can cost a model the skill with clicks that its base came with: whoever is better answers.
+    Training for classes can cost a model the skill with clicks that its base came with: whoever is better answers. A
+    model whose head takes no clicks has none to compare.
 
     Args:
         model: trained.
@@ -68,7 +69,9 @@ def compare_clicks(
         config: of the plain model.
         report: called with (objects clicked, objects in all).
     """
-    plain = recipes.build(config.recipe, labels, config.backbone, config.weights, config.image_size)
+    if not model.takes_prompts:
+        return ClickScores(0.0, 0.0, 0)
+    plain = recipes.build(recipes.PLAIN, labels, config.backbone, config.weights, config.image_size)
     plain = plain.to(next(model.parameters()).device)
     started, scores = time.monotonic(), []
     for volume, wanted in _objects(cases, labels):

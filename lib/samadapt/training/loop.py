@@ -177,7 +177,7 @@ class Trainer:
         with working_precision(self._device):
             embeddings = self._model.embed_tokens(tokens)
             loss = class_loss(self._model.class_logits(embeddings), labels)
-            if recipe.prompt_weight:
+            if recipe.prompt_weight and self._model.takes_prompts:
                 loss = loss + recipe.prompt_weight * prompt_loss(self._model, embeddings, labels, generator)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -259,7 +259,7 @@ def _schedule(used: float, warmup: float) -> float:
 
 def _groups(parameters: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
     """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them."""
-    rates = {"head.classes.": recipe.head_learning_rate, "head.prompted.": recipe.prompt_learning_rate}
+    rates = {"head.prompted.": recipe.prompt_learning_rate, "head.": recipe.head_learning_rate}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), recipe.learning_rate)

@@ -154,7 +154,7 @@ class _Training:
         fingerprint = _fingerprint(prepared, model)
         folder = self._project.training
         trainer = Trainer(model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step)
-        if self._wants_preview(budget) and not trainer.resumable():
+        if self._wants_preview(model, budget) and not trainer.resumable():
             self._preview(model, learning, checking)
         done = trainer.run()
         result = self._publish(model, done, remarks)
@@ -172,9 +172,7 @@ class _Training:
     def _model(self) -> AdaptedModel:
         """What training starts from: the published model, if it was built as this one is, else an untrained one."""
         config = self._config
-        recipe = recipes.get(config.recipe)
-        if config.context is not None:
-            recipe = dataclasses.replace(recipe, context=config.context)
+        recipe = recipes.configured(config)
         plan = _plan(self._training, self._labels, config)
         model = recipes.build(recipe, self._labels, config.backbone, config.weights, plan.image_size)
         model.describe(window=plan.window, context=recipe.context)
@@ -196,10 +194,16 @@ class _Training:
             lambda done, total: self._log.phase(f"preparing case {done} of {total}"),
         )
 
-    def _wants_preview(self, budget: Budget) -> bool:
-        """A preview is for those who would wait long; where nothing is held out, it must not replace a better model."""
+    def _wants_preview(self, model: AdaptedModel, budget: Budget) -> bool:
+        """A preview is for those who would wait long, for more than a head; where nothing is held out, it must not
+        replace a better model."""
         comparable = bool(self._held_out) or self._project.published() is None
-        return comparable and budget.seconds >= preview.WORTHWHILE and budget.steps > preview.STEPS
+        return (
+            comparable
+            and model.learns_encoder
+            and budget.seconds >= preview.WORTHWHILE
+            and budget.steps > preview.STEPS
+        )
 
     def _preview(self, model: AdaptedModel, learning: Sequence[PreparedCase], checking: Sequence[PreparedCase]) -> None:
         """Publish a model with a new head, if it is better, before the long training; it goes on from that head."""
@@ -234,7 +238,9 @@ class _Training:
             self._config,
             lambda number, total: self._log.phase(f"clicking on object {number} of {total}"),
         )
-        candidate = self._save(model, done, scores, clicks.adapted >= clicks.plain, dataclasses.asdict(clicks))
+        candidate = self._save(
+            model, done, scores, model.takes_prompts and clicks.adapted >= clicks.plain, dataclasses.asdict(clicks)
+        )
         published, reason = self._judge(candidate, scores)
         missed = [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
         return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds, [*remarks, *missed])

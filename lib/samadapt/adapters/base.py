@@ -1,0 +1,74 @@
+"""What every way to change the image encoder promises, and how a recipe says which parts of it are meant."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from samadapt.backbones.base import Backbone
+from samadapt.errors import ConfigError
+
+Blocks = tuple[int, ...] | Literal["late"] | None
+"""Indices of the adapted encoder blocks; "late": those of the encoder's second half; None: all that can be adapted."""
+
+
+@dataclass(frozen=True)
+class EncoderAdapter(ABC):
+    """How the encoder learns. A subclass is the configuration of one way.
+
+    Class attributes:
+        kind: its name in a model file.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def inject(self, backbone: Backbone, seed: int) -> int | None:
+        """Change ``backbone`` in place, without changing what it computes.
+
+        Afterwards exactly the parameters that training may change require gradients; before, none does.
+
+        Args:
+            backbone: changed.
+            seed: of every random start.
+
+        Returns:
+            The first block that depends on what is trained, so that the tokens entering it may be cached; the number
+            of blocks where only the neck does; None where nothing does.
+
+        Raises:
+            ConfigError: the configuration does not fit this backbone.
+        """
+
+    @abstractmethod
+    def merge(self, backbone: Backbone) -> None:
+        """Fold what was learned into plain weights, as far as it can be, in place; nothing requires gradients then."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the header of a model file."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+def choose(blocks: Blocks, known: Sequence[int], late_block: int) -> list[int]:
+    """The block indices that ``blocks`` means, ascending.
+
+    Args:
+        blocks: as configured.
+        known: blocks that can be adapted.
+        late_block: index of the block that begins the encoder's second half.
+
+    Raises:
+        ConfigError: one of them cannot be adapted, or none is left.
+    """
+    if blocks is None:
+        return sorted(set(known))
+    chosen = {block for block in known if block >= late_block} if blocks == "late" else set(blocks)
+    if unknown := sorted(chosen - set(known)):
+        raise ConfigError(
+            f"blocks {unknown} cannot be adapted", where="blocks", remedy=f"Choose among {sorted(set(known))}."
+        )
+    if not chosen:
+        raise ConfigError("no block is adapted", where="blocks", remedy=f"Choose among {sorted(set(known))}.")
+    return sorted(chosen)
