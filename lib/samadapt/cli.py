@@ -335,27 +335,34 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
 
 @app.command()
 def recipes(
-    backbone: Annotated[str, typer.Option(help="Count the parameters with this backbone.")] = "lite_medsam",
+    backbone: Annotated[
+        str, typer.Option(help="Count the parameters with this backbone, where the recipe has none of its own.")
+    ] = "lite_medsam",
+    image_size: Annotated[int | None, typer.Option(help="And at this size, in pixels.")] = None,
+    classes: Annotated[int, typer.Option(min=1, max=1000, help="And for so many structures.")] = 1,
+    reference: Annotated[bool, typer.Option("--reference", help="In the form of the papers' published code.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The ways to adapt, and how many parameters each one trains."""
-    AppConfig.from_strings({"backbone": backbone})
-    from samadapt import backbones
+    """The ways to adapt, and how many parameters each one trains. Needs no weights."""
+    size = {} if image_size is None else {"image_size": str(image_size)}
+    AppConfig.from_strings({"backbone": backbone, **size})
     from samadapt import recipes as registry
 
-    found: list[dict[str, Any]] = []
-    for name in registry.names():
-        model = registry.build(name, ["structure"], backbone=backbones.build(backbone))  # random weights: to count
-        trainable = sum(parameter.numel() for parameter in model.trainable().values())
-        total = sum(parameter.numel() for parameter in model.parameters())
-        summary = registry.get(name).summary
-        found.append({"name": name, "summary": summary, "trainable": trainable, "parameters": total})
-    rows = [
-        [r["name"], r["summary"], f"{r['trainable']:,}", f"{100 * r['trainable'] / r['parameters']:.1f}"] for r in found
-    ]
     with terminal(as_json=as_json) as out:
-        shown = table(f"Recipes, on {backbone}", ["recipe", "what it does", "trains", "% of all"], rows)
-        out.result({"backbone": backbone, "recipes": found}, shown)
+        found: list[dict[str, Any]] = []
+        names = registry.names()
+        with out.bar("counting") as update:
+            for number, name in enumerate(names):
+                update(completed=number, total=len(names))
+                recipe = registry.reference(name) if reference else registry.get(name)
+                counts = registry.count(recipe, classes, backbone, image_size)
+                found.append({"name": name, "summary": recipe.summary, **counts})
+        rows = [
+            [r["name"], r["summary"], r["backbone"], f"{r['trainable_parameters']:,}", f"{r['percent']:.2f}"]
+            for r in found
+        ]
+        title = f"Recipes for {classes} structure{'s' if classes > 1 else ''}"
+        out.result(found, table(title, ["recipe", "what it does", "backbone", "trains", "% of all"], rows))
 
 
 @app.command()
