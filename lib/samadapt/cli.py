@@ -157,13 +157,13 @@ def train(
     labels: Annotated[
         str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
     ] = None,
+    recipe: Annotated[str | None, typer.Option(help="How the model adapts: see `samadapt recipes`.")] = None,
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
     """Learn from every label of a studies folder. A training that was stopped goes on where it was."""
     settings = _settings(conf)
-    if labels is not None:
-        settings["labels"] = labels
+    settings |= {key: text for key, text in (("labels", labels), ("recipe", recipe)) if text is not None}
     config = AppConfig.from_strings(settings)
     cases, project = _open(studies)
     label_map = _label_map(studies, cases, project, config.labels)
