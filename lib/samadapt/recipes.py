@@ -48,6 +48,7 @@ class Recipe:
         batch_size: slices per step.
         copies: augmented copies of each slice; what is frozen runs once for each of them.
         prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
+        synthesis: "exemplar": it learns from ``samadapt.training.synthetic`` slices beside the real ones; or "none".
         seed: of all randomness.
     """
 
@@ -66,6 +67,7 @@ class Recipe:
     batch_size: int = 8
     copies: int = 8
     prompt_weight: float = 0.3
+    synthesis: str = "none"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +125,12 @@ _RECIPES = {
             summary="SAMed: LoRA of rank 4 on q and v of every block, the whole decoder",
             adapter=LoraConfig(rank=4, alpha=4),
         ),
+        Recipe(
+            name="cheap_lunch",
+            summary="Cheap Lunch: samed, and synthetic slices made from a few labelled ones",
+            adapter=LoraConfig(rank=4, alpha=4),
+            synthesis="exemplar",
+        ),
         *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
         *(
             Recipe(
@@ -171,7 +179,7 @@ def get(name: str, **overrides: Any) -> Recipe:
 
 
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks and context, where it sets them.
+    """The recipe of ``config`` with its blocks, context and synthesis, where it sets them.
 
     Raises:
         ConfigError: the recipe adapts no blocks.
@@ -179,6 +187,8 @@ def configured(config: AppConfig) -> Recipe:
     recipe = get(config.recipe)
     if config.context is not None:
         recipe = replace(recipe, context=config.context)
+    if config.synthesis is not None:
+        recipe = replace(recipe, synthesis=config.synthesis)
     if config.blocks is not None:
         if not hasattr(recipe.adapter, "blocks"):
             raise ConfigError(
