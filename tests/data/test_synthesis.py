@@ -17,7 +17,7 @@ SIZE = 48
 LOW, SPAN = 0.2, 0.4
 """Intensities of the ramps: low enough not to be clipped by the gains of the tests."""
 
-STILL = Synthesis((1, 1), 1, 0, 0, 0, 0, (1, 1), (0, 0))
+STILL = Synthesis((1, 1), 1, 0, 0, 0, 0, (1, 1), (0, 0), brightness=(0, 1))
 """Changes nothing."""
 
 boxes = st.lists(
@@ -89,7 +89,9 @@ def test_what_is_pasted_is_the_recoloured_warped_structure_and_the_rest_the_back
     """Every pasted pixel tells by its two ramps where it is from: from its own class, by one affine map of the class
     about its centroid; every other pixel is the background, recoloured."""
     classes_of, background = label_of(shown), empty(seed % 1000)
-    ranges = Synthesis(translation=translation, flip=flip, gain=(gain, gain), offset=(offset, offset))
+    ranges = Synthesis(
+        translation=translation, flip=flip, gain=(gain, gain), offset=(offset, offset), brightness=(0, 1)
+    )
     image, label = make((ramps(), classes_of), background, ranges, seed)
     torch.testing.assert_close(
         image[:, label == 0], (background[0] * gain + offset).clamp(0, 1)[:, label == 0], atol=1e-6, rtol=0
@@ -121,6 +123,34 @@ def test_regions_and_background_have_intensities_of_their_own():
     values = [image[:, label == n].unique() for n in range(3)]
     assert [len(v) for v in values] == [1, 1, 1]
     assert len(torch.cat(values).unique()) == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(boxes, seeds, st.floats(0.02, 1), st.floats(0.02, 1))
+def test_nothing_becomes_all_black_or_all_white(shown, seed, structure, around):
+    """Not even where dark becomes darker, or bright brighter."""
+    exemplar = torch.full((3, SIZE, SIZE), structure), label_of(shown)
+    image, label = make(exemplar, (torch.full((3, SIZE, SIZE), around), torch.zeros_like(label_of([]))), seed=seed)
+    assert all(0.09 < image[:, label == n].mean() < 0.91 for n in classes(label))
+
+
+@settings(max_examples=60, deadline=None)
+@given(boxes, seeds, st.integers(20, SIZE), st.integers(20, SIZE))
+def test_padding_stays_black_and_without_label(shown, seed, rows, columns):
+    background = empty()
+    background[0][:, rows:] = 0
+    background[0][:, :, columns:] = 0
+    image, label = make((ramps(), label_of(shown)), background, Synthesis(translation=0.5), seed)
+    for part in (image, label):
+        assert not part[..., rows:, :].any()
+        assert not part[..., columns:].any()
+
+
+def test_a_black_background_is_all_padding():
+    black = torch.zeros(3, SIZE, SIZE), torch.zeros(SIZE, SIZE, dtype=torch.long)
+    image, label = make((ramps(), label_of([(1, 4, 4, 20, 20)])), black)
+    assert not image.any()
+    assert not label.any()
 
 
 @pytest.mark.parametrize("large", [1, 2])

@@ -39,6 +39,7 @@ class Synthesis:
         flip: probability, 0..1, of mirroring left to right. 0, since left and right may be classes.
         gain: smallest and largest factor of the intensities, drawn for the background too.
         offset: least and most that is then added to them, drawn for the background too; results are clipped to [0,1].
+        brightness: lowest and highest mean, before clipping, that offsets may lead to: not all black, not all white.
         feather: width in pixels, inside a structure's border, over which it is blended in; 0 pastes hard, as the paper
             does.
         smallest: structures of fewer pixels after the warp are left out.
@@ -52,6 +53,7 @@ class Synthesis:
     flip: float = 0.0
     gain: tuple[float, float] = (0.6, 1.6)
     offset: tuple[float, float] = (-0.2, 0.2)
+    brightness: tuple[float, float] = (0.1, 0.9)
     feather: float = 0.0
     smallest: int = SMALLEST
 
@@ -76,6 +78,8 @@ def synthesize(
 ) -> tuple[Tensor, Tensor]:
     """The structures of one slice, each changed by itself, on another slice; large ones lie below small ones.
 
+    The black rows and columns at the right and bottom of the background, which pad it, stay as they are.
+
     Args:
         exemplar: image (3,S,S) float32 in [0,1] and label (S,S) int64.
         background: the same; structures that it shows keep their label where nothing is pasted over them.
@@ -85,10 +89,11 @@ def synthesize(
     Returns:
         Image (3,S,S) float32 in [0,1] and label (S,S) int64.
     """
-    image = _recoloured(background[0].numpy(), ranges, random)
-    label = background[1].numpy().copy()
+    image, label = background[0].numpy().copy(), background[1].numpy().copy()
+    content = _content(image)
+    image[content] = _recoloured(image[content], True, ranges, random)
     source, classes = exemplar[0].numpy(), exemplar[1].numpy()
-    regions = [_cut(source, classes == n, int(n), ranges, random) for n in np.unique(classes) if n]
+    regions = [_cut(source, classes == n, int(n), content, ranges, random) for n in np.unique(classes) if n]
     for region in sorted(regions, key=lambda region: region.mask.sum(), reverse=True):
         if region.mask.sum() >= ranges.smallest:
             rows, columns = region.place
@@ -151,18 +156,33 @@ class _Region:
     pixels: np.ndarray
 
 
-def _cut(image: np.ndarray, mask: np.ndarray, label: int, ranges: Synthesis, random: np.random.Generator) -> _Region:
-    """The structure ``mask`` of an image, warped about its centroid and recoloured."""
+def _content(image: np.ndarray) -> tuple[slice, slice, slice]:
+    """The part of a frame (3,S,S), from its top left, that is not black padding."""
+    rows, columns = (np.flatnonzero(image.any(axis=others)) for others in ((0, 2), (0, 1)))
+    return slice(None), slice(rows.max(initial=-1) + 1), slice(columns.max(initial=-1) + 1)
+
+
+def _cut(
+    image: np.ndarray,
+    mask: np.ndarray,
+    label: int,
+    content: tuple[slice, slice, slice],
+    ranges: Synthesis,
+    random: np.random.Generator,
+) -> _Region:
+    """The structure ``mask`` of an image, warped about its centroid, cut off outside ``content``, and recoloured."""
     centre = np.array(ndimage.center_of_mass(mask))
     back = np.linalg.inv(_linear(ranges, random))
     moved = centre + random.uniform(-ranges.translation, ranges.translation, 2) * mask.shape
     start = centre - back @ moved
-    warped = ndimage.affine_transform(mask.astype(np.uint8), back, start, order=0, mode="grid-constant")
+    whole = ndimage.affine_transform(mask.astype(np.uint8), back, start, order=0, mode="grid-constant")
+    warped = np.zeros_like(whole)
+    warped[content[1:]] = whole[content[1:]]
     place = next(iter(ndimage.find_objects(warped)), (slice(0, 0), slice(0, 0)))
     inside = warped[place] > 0
     start = start + back @ [axis.start for axis in place]
     pixels = [ndimage.affine_transform(c, back, start, inside.shape, order=1, mode="nearest") for c in image]
-    return _Region(label, place, inside, _recoloured(np.stack(pixels), ranges, random))
+    return _Region(label, place, inside, _recoloured(np.stack(pixels), inside, ranges, random))
 
 
 def _linear(ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
@@ -178,8 +198,15 @@ def _linear(ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
     return turn @ np.array([[1, slant], [0, 1]]) @ np.diag([rows, columns])
 
 
-def _recoloured(pixels: np.ndarray, ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
+def _recoloured(
+    pixels: np.ndarray, counted: np.ndarray | bool, ranges: Synthesis, random: np.random.Generator
+) -> np.ndarray:
+    """(3,h,w) times a gain plus an offset, clipped; the mean that limits the offset is over ``counted`` (h,w)."""
     gain, offset = random.uniform(*ranges.gain), random.uniform(*ranges.offset)
+    where = np.broadcast_to(counted, pixels.shape)
+    if where.any():
+        mean = gain * pixels.mean(where=where)
+        offset = np.clip(offset, *(limit - mean for limit in ranges.brightness))
     return np.clip(pixels * gain + offset, 0, 1).astype(np.float32)
 
 

@@ -90,7 +90,8 @@ def _show(axis: Axes, title: str, image: np.ndarray, label: Tensor) -> None:
     for n in np.unique(label[label > 0]):
         here = label.numpy() == n
         overlay[here] = 0.5 * overlay[here] + 0.5 * np.array(_colour(int(n)))
-    axis.imshow(np.concatenate([image, overlay], axis=1), interpolation="nearest")
+    gap = np.ones((len(image), 1 + len(image) // 40, 3), image.dtype)
+    axis.imshow(np.concatenate([image, gap, overlay], axis=1), interpolation="nearest")
     axis.set_title(title, fontsize=7)
 
 
