@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,6 +189,59 @@ def train(
             lines.append(f"One click: Dice {scores.adapted:.2f}, by the plain model {scores.plain:.2f}.")
         ending = "\n".join([*lines, *result.remarks])
         out.result(value, *shown, ending)
+
+
+@app.command()
+def synthesize(
+    studies: Studies,
+    output: Annotated[Path, typer.Option(help="PNG to write.")],
+    count: Annotated[int, typer.Option(min=1, max=200, help="Samples to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws; trainings take 0.")] = 0,
+    blind: Annotated[
+        bool, typer.Option("--random-exemplars", help="Draw the exemplars blindly, to compare with the usual choice.")
+    ] = False,
+    labels: Annotated[str | None, typer.Option(help="As for train.")] = None,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Show synthetic slices that a training with synthesis would learn from, in one picture."""
+    if output.suffix.lower() != ".png":
+        raise ConfigError("the picture is a PNG", where="--output", remedy="Give a name that ends in .png.")
+    settings = _settings(conf)
+    if labels is not None:
+        settings["labels"] = labels
+    config = AppConfig.from_strings(settings)
+    cases, project = _open(studies)
+    label_map = _label_map(studies, cases, project, config.labels)
+    from samadapt.data.synthesis import choose_exemplars, random_exemplars
+    from samadapt.evaluation import contact_sheet
+    from samadapt.training.synthetic import SyntheticSlices
+
+    with terminal(as_json=as_json) as out, out.bar("reading the labelled cases") as update:
+
+        def show(done: int, total: int) -> None:
+            update(completed=done, total=total)
+
+        with contact_sheet.training_slices(cases, label_map, config, project, show) as prepared:
+            choose = partial(random_exemplars, seed=seed) if blind else choose_exemplars
+            bank = SyntheticSlices(prepared, seed, choose)
+            areas = contact_sheet.draw(bank, label_map, count, output)
+        exemplars = [{"case": case.id, "slice": index} for case, index in bank.exemplars]
+        value = {
+            "sheet": output,
+            "labels": label_map.to_dict(),
+            "seed": seed,
+            "exemplars": exemplars,
+            "backgrounds": len(bank.backgrounds),
+            "share": bank.share,
+            "remark": bank.remark,
+            "samples": areas,
+        }
+        ending = (
+            f"{count} samples from {len(exemplars)} exemplars on {len(bank.backgrounds)} backgrounds: {output}\n"
+            f"In a training {100 * bank.share:.0f} % of the slices would be synthetic."
+        )
+        out.result(value, *filter(None, [ending, bank.remark]))
 
 
 @app.command()

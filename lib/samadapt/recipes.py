@@ -48,6 +48,7 @@ class Recipe:
         batch_size: slices per step.
         copies: augmented copies of each slice; what is frozen runs once for each of them.
         prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
+        synthesis: "exemplar": it learns from ``samadapt.training.synthetic`` slices beside the real ones; or "none".
         seed: of all randomness.
     """
 
@@ -66,6 +67,7 @@ class Recipe:
     batch_size: int = 8
     copies: int = 8
     prompt_weight: float = 0.3
+    synthesis: str = "none"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +132,12 @@ _RECIPES = {
             head=UNetHead(),
             head_learning_rate=3e-3,
             copies=64,
+        ),
+        Recipe(
+            name="cheap_lunch",
+            summary="Cheap Lunch: samed, and synthetic slices made from a few labelled ones",
+            adapter=LoraConfig(rank=4, alpha=4),
+            synthesis="exemplar",
         ),
         *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
         *(
@@ -217,7 +225,7 @@ def _study_reference(recipe: Recipe) -> Recipe:
 
 
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks and context, where it sets them.
+    """The recipe of ``config`` with its blocks, context and synthesis, where it sets them.
 
     Raises:
         ConfigError: the recipe adapts no blocks.
@@ -225,6 +233,8 @@ def configured(config: AppConfig) -> Recipe:
     recipe = get(config.recipe)
     if config.context is not None:
         recipe = replace(recipe, context=config.context)
+    if config.synthesis is not None:
+        recipe = replace(recipe, synthesis=config.synthesis)
     if config.blocks is not None:
         if not hasattr(recipe.adapter, "blocks"):
             raise ConfigError(
