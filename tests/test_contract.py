@@ -12,7 +12,8 @@ from segment_anything.modeling import Sam
 from samadapt import recipes
 from samadapt.adapters import LoraConfig
 from samadapt.adapters.qkv import fuse_attention
-from samadapt.errors import InputError, StateError
+from samadapt.backbones.base import IMAGES
+from samadapt.errors import ConfigError, InputError, StateError
 from samadapt.model import AdaptedModel, read_info
 from samadapt.training.losses import class_loss, prompt_loss
 from tiny import BACKBONES, SIZE
@@ -33,7 +34,18 @@ ROWS = [name for name in recipes.names() if not name.startswith("ft/") or name.s
 
 @pytest.fixture(params=ROWS)
 def model(request, layout) -> AdaptedModel:
+    if not fits(request.param, layout):
+        pytest.skip("needs layers of one width, which TinyViT has not")
     return recipes.build(request.param, LABELS, BACKBONES[layout]())
+
+
+def fits(recipe, layout) -> bool:
+    return (recipe, layout) != ("peft/frod", "per_head")
+
+
+def test_a_tuner_that_does_not_fit_the_backbone_is_refused():
+    with pytest.raises(ConfigError, match=r"frod does not fit these layers .* These fit: .*lora"):
+        recipes.build("peft/frod", LABELS, BACKBONES["per_head"]())
 
 
 @pytest.fixture
@@ -119,7 +131,11 @@ def test_only_declared_parameters_get_gradients_and_change(model, images, labels
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed <= declared
     assert {name for name, p in model.named_parameters() if p.requires_grad} == declared
-    assert {name for name in declared if not name.startswith("head.")} <= changed
+    inner = {name for name in declared if not name.startswith("head.")}
+    if model.info.recipe.adapter.kind == "peft":  # some tuners learn one factor at a time
+        assert bool(inner & changed) == bool(inner)
+    else:
+        assert inner <= changed
     assert any(name.startswith("head.") for name in changed)
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
 
@@ -135,7 +151,7 @@ def test_tokens_before_the_first_trainable_block_stay_and_give_the_same_embeddin
 @torch.no_grad()
 def test_an_encoder_may_be_cut_before_any_block(layout, images):
     base = BACKBONES[layout]()
-    for block in range(base.attention_layers()[-1].block + 2):
+    for block in range(IMAGES, base.attention_layers()[-1].block + 2):
         assert torch.equal(base.embed_tokens(base.tokens(images, block), block), base.embed(images))
 
 
@@ -198,7 +214,8 @@ def test_a_new_process_predicts_the_same(layout, images, labels, tmp_path):
     """Every recipe in one new process, since starting it takes longer than all the rest."""
     torch.save(images, tmp_path / "images.pt")
     expected = {}
-    for number, name in enumerate(ROWS):
+    rows = [name for name in ROWS if fits(name, layout)]
+    for number, name in enumerate(rows):
         model = recipes.build(name, LABELS, BACKBONES[layout]())
         step(model, images, labels)
         model.save(tmp_path / f"{number}.safetensors")
@@ -213,12 +230,12 @@ def test_a_new_process_predicts_the_same(layout, images, labels, tmp_path):
         "from samadapt.model import AdaptedModel\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "images = torch.load(folder / 'images.pt', weights_only=True)\n"
-        f"found = [AdaptedModel.load(folder / f'{{n}}.safetensors')(images) for n in range({len(ROWS)})]\n"
+        f"found = [AdaptedModel.load(folder / f'{{n}}.safetensors')(images) for n in range({len(rows)})]\n"
         "torch.save(found, folder / 'logits.pt')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=_environment())
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert [name for name, logits in zip(ROWS, found, strict=True) if not torch.equal(logits, expected[name])] == []
+    assert [name for name, logits in zip(rows, found, strict=True) if not torch.equal(logits, expected[name])] == []
 
 
 def test_a_merged_model_refuses_to_be_saved(model, tmp_path):

@@ -219,6 +219,8 @@ def _study_reference(recipe: Recipe) -> Recipe:
     blocks = tuple(range(2, 10)) if tiny else STUDY_BLOCKS
     if isinstance(adapter, BottleneckAdapter):
         adapter = replace(adapter, blocks=blocks, reference=True)
+    elif isinstance(adapter, FullTuning):
+        adapter = replace(adapter, reference=True)
     elif isinstance(adapter, LoraConfig):
         adapter = replace(adapter, blocks=blocks, stem=tiny)
     return replace(recipe, adapter=adapter, head=WidenedHead(learns, extra=1))

@@ -140,7 +140,7 @@ def inject_tuner(module: nn.Module, tuner: str, options: dict[str, Any], names: 
         torch.manual_seed(seed)
         try:
             _put(config, module)
-        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, AssertionError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
             raise ConfigError(
                 f"peft's {tuner} does not fit these layers ({error})",
                 where=f"peft/{tuner}",
