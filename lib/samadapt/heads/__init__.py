@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from samadapt.heads.autosam import AutoSamCnn, AutoSamLinear, AutoSamVit
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
 
-__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "from_dict"]
+__all__ = ["AutoSamCnn", "AutoSamLinear", "AutoSamVit", "Head", "HeadConfig", "SamDecoderHead", "SamHead", "from_dict"]
 
-_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead,)}
+_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead, AutoSamVit, AutoSamCnn, AutoSamLinear)}
 
 
 def from_dict(value: dict[str, Any]) -> HeadConfig:
