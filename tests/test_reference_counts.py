@@ -70,3 +70,17 @@ def test_lora_of_samed(backbone, expected):
     counts = recipes.count(recipes.reference("samed"), 8, backbone, 512)
     assert counts["encoder_parameters"] == expected
     assert counts["trainable_parameters"] == expected + 6_220 + 4_759_945  # prompt encoder, decoder with nine tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"),
+    [
+        ("sam_lst", 8, 2_856_737),
+        ("autosam_vit", 3, 3_646_880),
+        ("autosam_vit", 8, 3_649_440),
+        ("autosam_cnn", 3, 20_686_340),
+        ("autosam_linear", 3, 75_140),
+    ],
+)
+def test_heads_and_ladder(name, classes, expected):
+    assert trained(recipes.reference(name), classes) == expected

@@ -12,6 +12,7 @@ from samadapt.adapters import (
     EncoderAdapter,
     Frozen,
     FullTuning,
+    Ladder,
     LoraConfig,
     PeftAdapter,
     SideConfig,
@@ -19,7 +20,7 @@ from samadapt.adapters import (
 from samadapt.adapters.peft_tuners import fitting_tuners, known_tuners
 from samadapt.config import BACKBONES, closest
 from samadapt.errors import ConfigError
-from samadapt.heads import HeadConfig, SamHead, UNetHead, WidenedHead
+from samadapt.heads import AutoSamCnn, AutoSamLinear, AutoSamVit, HeadConfig, SamHead, UNetHead, WidenedHead
 
 if TYPE_CHECKING:
     from samadapt.backbones import Backbone
@@ -138,6 +139,34 @@ _RECIPES = {
             summary="Cheap Lunch: samed, and synthetic slices made from a few labelled ones",
             adapter=LoraConfig(rank=4, alpha=4),
             synthesis="exemplar",
+        ),
+        Recipe(
+            name="sam_lst",
+            summary="SAM-LST: a small CNN beside the frozen encoder; of SAM's decoder all behind the transformer",
+            adapter=Frozen(),
+            side=Ladder(),
+            head=SamHead("classes"),
+            learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_vit",
+            summary="AutoSAM: a decoder with tokens for each class on the frozen encoder; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamVit(),
+            head_learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_cnn",
+            summary="AutoSAM: a small CNN as head on the frozen encoder; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamCnn(),
+            head_learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_linear",
+            summary="AutoSAM: two linear layers per pixel on the frozen encoder, the quickest; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamLinear(),
         ),
         *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
         *(
@@ -307,4 +336,7 @@ def build(
     base = backbones.load(chosen, weights, image_size) if isinstance(chosen, str) else chosen
     label_map = labels if isinstance(labels, LabelMap) else LabelMap(tuple(labels))
     info = ModelInfo(recipe, label_map, base.name, base.weights_sha256, base.image_size)
-    return AdaptedModel(base, info).eval()
+    model = AdaptedModel(base, info)
+    if recipe.side is not None and model.side is not None:
+        recipe.side.pretrain(model.side)
+    return model.eval()

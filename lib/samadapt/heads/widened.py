@@ -14,7 +14,7 @@ from samadapt.adapters.peft_tuners import inject_tuner
 from samadapt.backbones.base import EMBED_DIM, Backbone
 from samadapt.data.labels import LabelMap
 from samadapt.heads.base import Head, HeadConfig
-from samadapt.heads.sam_decoder import decode_masks, decoder_attention, position, upscale
+from samadapt.heads.sam_decoder import decode_masks, decoder_attention, image_position, no_mask_prompt, upscale
 from samadapt.heads.two_way import add_bottlenecks, two_way
 
 
@@ -51,10 +51,9 @@ class WidenedDecoder(Head):
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         decoder = self.decoder
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         tokens = own.expand(len(embeddings), -1, -1)
-        source = embeddings + no_mask
-        hidden, image = two_way(decoder.transformer, source, position(self.prompt_encoder, source), tokens)
+        source = embeddings + no_mask_prompt(self.prompt_encoder, embeddings)
+        hidden, image = two_way(decoder.transformer, source, image_position(self.prompt_encoder, source), tokens)
         kept = slice(self._dropped, None)
         return decode_masks(
             hidden[:, 1:][:, kept],
