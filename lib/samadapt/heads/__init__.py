@@ -6,10 +6,11 @@ from typing import Any
 
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
+from samadapt.heads.text import TextHead
 
-__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "from_dict"]
+__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "TextHead", "from_dict"]
 
-_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead,)}
+_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead, TextHead)}
 
 
 def from_dict(value: dict[str, Any]) -> HeadConfig:

@@ -50,7 +50,7 @@ class ClassDecoder(nn.Module):
         """(B,256,g,g), dense prompt (1,256,g,g), position (1,256,g,g) -> (B,K+1,4g,4g), background first."""
         tokens = torch.cat([self.first_token, self.class_tokens]).expand(len(embeddings), -1, -1)
         hidden, image = two_way(self.transformer, embeddings + dense, position, tokens)
-        return _masks(hidden[:, 1:], self.hypernetworks, _upscale(self.upscaling, image))
+        return decode_masks(hidden[:, 1:], self.hypernetworks, upscale(self.upscaling, image))
 
 
 class SamDecoderHead(Head):
@@ -77,7 +77,7 @@ class SamDecoderHead(Head):
         return {name for name, p in self.named_parameters() if not p.requires_grad and not name.startswith(new)}
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
-        return self.classes(embeddings, _no_mask(prompt_encoder, embeddings), _position(prompt_encoder, embeddings))
+        return self.classes(embeddings, _no_mask(prompt_encoder, embeddings), position(prompt_encoder, embeddings))
 
     def prompt_masks(
         self, embeddings: Tensor, sparse: Tensor, dense: Tensor, prompt_encoder: PromptEncoder, kept: slice
@@ -87,9 +87,9 @@ class SamDecoderHead(Head):
         tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
         # An image that all prompts share goes in once; the first block that writes into it makes N of it.
         source = embeddings + (dense[:1] if dense.stride(0) == 0 else dense)
-        hidden, image = two_way(decoder.transformer, source, _position(prompt_encoder, source), tokens)
-        upscaled = _upscale(decoder.output_upscaling, image)
-        masks = _masks(hidden[:, 1 : len(own)][:, kept], decoder.output_hypernetworks_mlps[kept], upscaled)
+        hidden, image = two_way(decoder.transformer, source, position(prompt_encoder, source), tokens)
+        upscaled = upscale(decoder.output_upscaling, image)
+        masks = decode_masks(hidden[:, 1 : len(own)][:, kept], decoder.output_hypernetworks_mlps[kept], upscaled)
         return masks, decoder.iou_prediction_head(hidden[:, 0])[:, kept]
 
 
@@ -146,7 +146,7 @@ def _upscaling(decoder: ClassDecoder | MaskDecoder) -> nn.Module:
     return decoder.upscaling if isinstance(decoder, ClassDecoder) else decoder.output_upscaling
 
 
-def _position(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:
+def position(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:
     return prompt_encoder.get_dense_pe().to(embeddings.dtype)
 
 
@@ -154,12 +154,12 @@ def _no_mask(prompt_encoder: PromptEncoder, embeddings: Tensor) -> Tensor:
     return prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, -1, *embeddings.shape[-2:])
 
 
-def _upscale(upscaling: nn.Sequential, image: Tensor) -> Tensor:
+def upscale(upscaling: nn.Sequential, image: Tensor) -> Tensor:
     """SAM's upscaling of image tokens (N,P,256) -> (N,P,2,2,2,2,32): row and column in a cell, then in its quarters.
 
     Its transposed convolutions do not overlap (kernel 2, stride 2), so each is a matrix product of every token, and
-    the norm between them runs over the last dimension. No feature map is ever rearranged; ``_masks`` does that with
-    the masks alone.
+    the norm between them runs over the last dimension. No feature map is ever rearranged; ``decode_masks`` does that
+    with the masks alone.
     """
     first, norm, activation, second, last_activation = upscaling
     assert isinstance(first, nn.ConvTranspose2d)
@@ -177,8 +177,8 @@ def _quarters(conv: nn.ConvTranspose2d, tokens: Tensor) -> Tensor:
     return F.linear(tokens, weight.flatten(0, 2), conv.bias.repeat(4)).unflatten(-1, weight.shape[:3])
 
 
-def _masks(tokens: Tensor, hypernetworks: nn.ModuleList, upscaled: Tensor) -> Tensor:
-    """Mask tokens (N,M,256), image of ``_upscale`` -> (N,M,4g,4g)."""
+def decode_masks(tokens: Tensor, hypernetworks: nn.ModuleList, upscaled: Tensor) -> Tensor:
+    """Mask tokens (N,M,256), image of ``upscale`` -> (N,M,4g,4g)."""
     weights = torch.stack([net(tokens[:, i]) for i, net in enumerate(hypernetworks)], dim=-1)
     side = math.isqrt(upscaled.shape[1])
     masks = upscaled.flatten(1, -2) @ weights
