@@ -100,7 +100,7 @@ def test_adapted_layers(layout):
     SingularAdapter().inject(backbone, 0)
     attention = backbone.attention_layers()
     assert len(singular_layers(backbone)) == 4 * len(attention) + 2
-    first = BACKBONES[layout]()
+    first = BACKBONES[layout]().requires_grad_(False)
     assert SingularAdapter((attention[0].block,)).inject(first, 0) == attention[0].block
     assert len(singular_layers(first)) == 4
     assert not any(p.requires_grad for name, p in first.named_parameters() if "neck" in name)
@@ -226,7 +226,7 @@ class TestFactorsOnDisk:
     def test_are_made_again_when_damaged(self, layout, folder, damage):
         left = self.layer(self.inject(layout)).left
         file = folder / f"{self.NAME}.safetensors"
-        good = load_file(file)
+        good = {name: tensor.clone() for name, tensor in load_file(file).items()}
         if damage == "cut":
             file.write_bytes(file.read_bytes()[:-100])
         elif damage == "text":

@@ -23,7 +23,7 @@ class TextAffine(nn.Module):
 
     Args:
         width: d.
-        norm: LayerNorm; the published code has BatchNorm over the labels, which tells a single one nothing.
+        norm: LayerNorm; the published code has BatchNorm over the labels, which cannot learn from a single one.
     """
 
     def __init__(self, width: int, norm: nn.Module) -> None:
@@ -32,6 +32,12 @@ class TextAffine(nn.Module):
         self.norm = norm
 
     def forward(self, vectors: Tensor) -> Tensor:
+        if self.training and len(vectors) == 1 and isinstance(self.norm, nn.BatchNorm1d):
+            raise ConfigError(
+                "BatchNorm over one label leaves nothing of its name",
+                where="labels",
+                remedy="Name a second one, or leave the reference form.",
+            )
         return self.norm(self.linear(vectors).relu())
 
 
@@ -129,14 +135,8 @@ class TextHead(HeadConfig):
         """As ``HeadConfig.build``.
 
         Raises:
-            ConfigError: two labels read the same to the text encoder, or one label in the reference form.
+            ConfigError: two labels read the same to the text encoder.
         """
-        if self.reference and len(labels) == 1:
-            raise ConfigError(
-                "BatchNorm over one label leaves nothing of its name",
-                where="labels",
-                remedy="Name a second one, or leave the reference form.",
-            )
         encoder = text_encoder("clip" if self.clip or self.reference else "words", self.clip)
         vectors, missing = _vectors(encoder, labels)
         with torch.random.fork_rng():
