@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from samadapt import backbones, recipes
 from samadapt.adapters import SingularAdapter
-from samadapt.adapters.singular import SingularLayer
+from samadapt.adapters.singular import SingularLayer, SingularLinear, decompose
 from samadapt.heads import TextHead
 from samadapt.model import AdaptedModel
 from samadapt.training.losses import class_loss
@@ -137,6 +137,17 @@ def test_singular_values_are_scaled_shifted_and_cut_at_zero(layout):
     SingularAdapter().merge(emptied)
     for name in names:
         assert emptied.get_submodule(name.replace(".base.", ".")).weight.abs().max() < 1e-4
+
+
+def test_directions_that_a_weight_does_not_have_never_learn():
+    """Their singular vectors are another machine's choice, while a model file holds what was learned along them."""
+    base = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+    base.weight[:, 5:] = 0
+    layer = SingularLinear(base, decompose(base.weight, None))
+    layer(torch.randn(16, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    for learned in (layer.scale.grad, layer.shift.grad):
+        assert (learned[:5] != 0).all()
+        assert (learned[5:] == 0).all()
 
 
 def test_merging_what_learned_nothing_gives_the_base(model, layout):

@@ -21,6 +21,9 @@ from samadapt.files import cache_path
 PROBE_ERROR = 1e-3
 """Largest relative error of cached factors on a random vector; rounding to float32 alone gives about 1e-6."""
 
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest one are zero: nothing determines their vectors."""
+
 
 class Factors(NamedTuple):
     """Thin singular value decomposition of a weight (out,in), with r = min(out,in).
@@ -172,7 +175,8 @@ def decompose(weight: Tensor, file: Path | None) -> Factors:
     """The singular value decomposition of ``weight`` (out,...), flattened to (out,in).
 
     In float64, so that singular vectors of close values do not turn from machine to machine: a model file holds what
-    was learned about each of them, but not the vectors.
+    was learned about each of them, but not the vectors. Values of zero, whose vectors are anyone's choice, stay zero in
+    training, since relu has no gradient there.
 
     Args:
         weight: of a Linear or a Conv2d.
@@ -182,7 +186,9 @@ def decompose(weight: Tensor, file: Path | None) -> Factors:
     matrix = weight.detach().flatten(1)
     found = _read(file, matrix) if file is not None else None
     if found is None:
-        found = Factors(*(f.to(matrix.dtype).contiguous() for f in torch.linalg.svd(matrix.double(), False)))
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        values = values * (values > NEGLIGIBLE * values.max())
+        found = Factors(*(factor.to(matrix.dtype).contiguous() for factor in (left, values, right)))
         if file is not None:
             with suppress(OSError, SafetensorError), cache_path(file) as temporary:
                 save_file({name: tensor.cpu() for name, tensor in found._asdict().items()}, temporary)

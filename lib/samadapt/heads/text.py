@@ -119,7 +119,9 @@ class TextHead(HeadConfig):
     What learns is the Text Affine Layer, the norms of the decoder's transformer (both as published), and all that turns
     its tokens into masks: the decoder's own tokens, the hyper-network of the single mask and the upscaling. These have
     only ever answered clicks and boxes, cost next to nothing and take 0.9 MB of a model file; the transformer's
-    matrices, most of the decoder, stay SAM's.
+    matrices, most of the decoder, stay SAM's. One short trial (hippocampus_mr, LiteMedSAM at 64 px, 32 labelled slices,
+    late blocks, one minute of training or 19 to 26 steps; held-out Dice): 0.69 so, 0.53 with the norms alone, 0.38 with
+    the whole decoder.
 
     Attributes:
         clip: folder of CLIP ViT-B/32, whose text encoder then reads the names; None reads them with word vectors. A
