@@ -7,10 +7,12 @@ from typing import Any
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
 from samadapt.heads.text import TextHead
+from samadapt.heads.unet import UNetHead
+from samadapt.heads.widened import WidenedHead
 
-__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "TextHead", "from_dict"]
+__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "TextHead", "UNetHead", "WidenedHead", "from_dict"]
 
-_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead, TextHead)}
+_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead, WidenedHead, UNetHead, TextHead)}
 
 
 def from_dict(value: dict[str, Any]) -> HeadConfig:

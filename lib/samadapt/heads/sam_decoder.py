@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,8 +96,6 @@ class SamDecoderHead(Head):
 
 Learns = Literal["all", "classes", "upscaling", "lora", "bottleneck"]
 
-DECODER_ATTENTION = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token", "final_attn_token_to_image")
-
 
 @dataclass(frozen=True)
 class SamHead(HeadConfig):
@@ -127,19 +126,20 @@ class SamHead(HeadConfig):
             return
         decoder.transformer.requires_grad_(False)
         if self.learns == "lora":
-            names = [
-                f"{path}.{part}"
-                for path, _ in decoder.transformer.named_modules()
-                if path.split(".")[-1] in DECODER_ATTENTION
-                for part in ("q_proj", "v_proj")
-            ]
-            inject_tuner(decoder.transformer, "lora", {"r": self.rank, "lora_alpha": self.rank}, names, seed)
+            options = {"r": self.rank, "lora_alpha": self.rank}
+            inject_tuner(decoder.transformer, "lora", options, decoder_attention(decoder.transformer), seed)
         elif self.learns == "bottleneck":
             add_bottlenecks(decoder.transformer, seed)
             _upscaling(decoder).requires_grad_(False)
         elif self.learns == "upscaling":
             decoder.requires_grad_(False)
             _upscaling(decoder).requires_grad_(True)
+
+
+def decoder_attention(transformer: nn.Module) -> list[str]:
+    """Names of the query and value projections of every attention in the decoder's transformer."""
+    layers = [path for path, module in transformer.named_modules() if isinstance(module, Attention)]
+    return [f"{path}.{part}" for path in layers for part in ("q_proj", "v_proj")]
 
 
 def _upscaling(decoder: ClassDecoder | MaskDecoder) -> nn.Module:
