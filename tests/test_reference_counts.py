@@ -84,3 +84,8 @@ def test_lora_of_samed(backbone, expected):
 )
 def test_heads_and_ladder(name, classes, expected):
     assert trained(recipes.reference(name), classes) == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(256, 444_672), (512, 1_034_496), (1024, 3_393_792)])
+def test_s_sam(size, expected):
+    assert trained(recipes.reference("s_sam"), 1, "sam_vit_b", size) == expected

@@ -16,11 +16,21 @@ from samadapt.adapters import (
     LoraConfig,
     PeftAdapter,
     SideConfig,
+    SingularAdapter,
 )
 from samadapt.adapters.peft_tuners import fitting_tuners, known_tuners
 from samadapt.config import BACKBONES, closest
 from samadapt.errors import ConfigError
-from samadapt.heads import AutoSamCnn, AutoSamLinear, AutoSamVit, HeadConfig, SamHead, UNetHead, WidenedHead
+from samadapt.heads import (
+    AutoSamCnn,
+    AutoSamLinear,
+    AutoSamVit,
+    HeadConfig,
+    SamHead,
+    TextHead,
+    UNetHead,
+    WidenedHead,
+)
 
 if TYPE_CHECKING:
     from samadapt.backbones import Backbone
@@ -125,6 +135,12 @@ _RECIPES = {
             name="samed",
             summary="SAMed: LoRA of rank 4 on q and v of every block, the whole decoder",
             adapter=LoraConfig(rank=4, alpha=4),
+        ),
+        Recipe(
+            name="s_sam",
+            summary="S-SAM: singular values of every block's weights and its norms, label names as prompts",
+            adapter=SingularAdapter(),
+            head=TextHead(),
         ),
         Recipe(
             name="unet",

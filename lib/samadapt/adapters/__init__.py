@@ -11,6 +11,7 @@ from samadapt.adapters.lora import LoraConfig
 from samadapt.adapters.peft_tuners import PeftAdapter
 from samadapt.adapters.plain import Frozen, FullTuning
 from samadapt.adapters.side import SideConfig
+from samadapt.adapters.singular import SingularAdapter
 
 __all__ = [
     "Blocks",
@@ -22,11 +23,15 @@ __all__ = [
     "LoraConfig",
     "PeftAdapter",
     "SideConfig",
+    "SingularAdapter",
     "from_dict",
     "side_from_dict",
 ]
 
-_KINDS = {adapter.kind: adapter for adapter in (Frozen, FullTuning, LoraConfig, BottleneckAdapter, PeftAdapter)}
+_KINDS = {
+    adapter.kind: adapter
+    for adapter in (Frozen, FullTuning, LoraConfig, BottleneckAdapter, PeftAdapter, SingularAdapter)
+}
 
 _SIDES: dict[str, type[SideConfig]] = {side.kind: side for side in (Ladder,)}
 

@@ -7,6 +7,7 @@ from typing import Any
 from samadapt.heads.autosam import AutoSamCnn, AutoSamLinear, AutoSamVit
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
+from samadapt.heads.text import TextHead
 from samadapt.heads.unet import UNetHead
 from samadapt.heads.widened import WidenedHead
 
@@ -18,13 +19,14 @@ __all__ = [
     "HeadConfig",
     "SamDecoderHead",
     "SamHead",
+    "TextHead",
     "UNetHead",
     "WidenedHead",
     "from_dict",
 ]
 
 _KINDS: dict[str, type[HeadConfig]] = {
-    head.kind: head for head in (SamHead, AutoSamVit, AutoSamCnn, AutoSamLinear, UNetHead, WidenedHead)
+    head.kind: head for head in (SamHead, AutoSamVit, AutoSamCnn, AutoSamLinear, TextHead, UNetHead, WidenedHead)
 }
 
 
