@@ -9,6 +9,7 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
+import one_slice
 from samadapt import recipes
 from samadapt.adapters import LoraConfig
 from samadapt.adapters.qkv import fuse_attention
@@ -28,19 +29,30 @@ def layout(request):
     return request.param
 
 
-ROWS = [name for name in recipes.names() if not name.startswith("ft/") or name.startswith("ft/mobile_sam/")]
-"""Every recipe; the finetune-SAM study's are the same for each backbone, which is given here anyway."""
+RECIPES = [name for name in recipes.names() if not name.startswith("ft/") or name.startswith("ft/mobile_sam/")]
+"""The finetune-SAM study's are the same for each backbone, which is given here anyway."""
 
 
-@pytest.fixture(params=ROWS)
-def model(request, layout) -> AdaptedModel:
-    if not fits(request.param, layout):
-        pytest.skip("needs layers of one width, which TinyViT has not")
-    return recipes.build(request.param, LABELS, BACKBONES[layout]())
+def layouts(recipe: str) -> list[str]:
+    """peft's tuners see plain linear layers in both; frod needs layers of one width, which TinyViT has not."""
+    if not recipe.startswith("peft/"):
+        return list(BACKBONES)
+    return ["fused" if recipe == "peft/frod" else "per_head"]
 
 
-def fits(recipe, layout) -> bool:
-    return (recipe, layout) != ("peft/frod", "per_head")
+ROWS = [(recipe, layout) for recipe in RECIPES for layout in layouts(recipe)]
+
+
+@pytest.fixture(params=ROWS, ids="-".join)
+def row(request):
+    """A recipe's name, and that of a layout."""
+    return request.param
+
+
+@pytest.fixture
+def model(row) -> AdaptedModel:
+    recipe, layout = row
+    return recipes.build(recipe, LABELS, BACKBONES[layout]())
 
 
 def test_a_tuner_that_does_not_fit_the_backbone_is_refused():
@@ -84,9 +96,9 @@ def box_masks(model, embedding, multimask=False):
 
 
 @torch.no_grad()
-def test_identity_at_start(model, layout, images):
+def test_identity_at_start(model, row, images):
     """An untrained model embeds as the base SAM, and answers prompts as it does: mask and predicted IoU."""
-    base = BACKBONES[layout]()
+    base = BACKBONES[row[1]]()
     sam = Sam(base.image_encoder, base.prompt_encoder, base.mask_decoder)
     embedding = base.embed(images[:1])
     if not model.head.reads_images:
@@ -178,13 +190,13 @@ def test_base_weights_unchanged_after_training(recipe, layout, images, labels):
     assert all(torch.equal(own[name], tensor) for name, tensor in base.state_dict().items())
 
 
-def test_a_merged_encoder_is_laid_out_as_the_base_s(model, layout, images, labels):
+def test_a_merged_encoder_is_laid_out_as_the_base_s(model, row, images, labels):
     """Where an adapter is linear, what is left after merging is a plain checkpoint of the base's architecture."""
     if model.info.recipe.adapter.kind == "bottleneck":
         pytest.skip("a bottleneck cannot be folded into weights")
     step(model, images, labels)
     model.merge()
-    assert set(model.backbone.state_dict()) == set(BACKBONES[layout]().state_dict())
+    assert set(model.backbone.state_dict()) == set(BACKBONES[row[1]]().state_dict())
 
 
 @torch.no_grad()
@@ -197,8 +209,8 @@ def test_merged_equals_unmerged(model, images, labels):
     assert not any(p.requires_grad for p in model.backbone.parameters())
 
 
-def test_save_and_load_are_exact(model, layout, images, labels, tmp_path, monkeypatch):
-    monkeypatch.setattr("samadapt.backbones.load", lambda name, weights, image_size: BACKBONES[layout]())
+def test_save_and_load_are_exact(model, row, images, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr("samadapt.backbones.load", lambda name, weights, image_size: BACKBONES[row[1]]())
     step(model, images, labels)
     model.describe(trained=True, training={"cases": ["a"]})
     model.save(tmp_path / "model.safetensors")
@@ -214,7 +226,7 @@ def test_a_new_process_predicts_the_same(layout, images, labels, tmp_path):
     """Every recipe in one new process, since starting it takes longer than all the rest."""
     torch.save(images, tmp_path / "images.pt")
     expected = {}
-    rows = [name for name in ROWS if fits(name, layout)]
+    rows = [recipe for recipe, own in ROWS if own == layout]
     for number, name in enumerate(rows):
         model = recipes.build(name, LABELS, BACKBONES[layout]())
         step(model, images, labels)
@@ -245,19 +257,40 @@ def test_a_merged_model_refuses_to_be_saved(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batch_of_one_one_class_and_empty_slice_train(layout, images):
-    model = recipes.build("lora", ("one",), BACKBONES[layout]())
-    before = model.head.classes.class_tokens.detach().clone()
+def test_batch_of_one_one_class_and_empty_slice_train(row, images):
+    recipe, layout = row
+    model = recipes.build(recipe, ("one",), BACKBONES[layout]())
+    before = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
     step(model, images[:1], torch.zeros(1, SIZE, SIZE, dtype=torch.long))
     assert torch.isfinite(model(images[:1])).all()
-    assert not torch.equal(before, model.head.classes.class_tokens)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.trainable().items())
 
 
-def test_twenty_classes(layout, images):
-    model = recipes.build("lora", tuple(f"organ {n}" for n in range(20)), BACKBONES[layout]())
+def test_twenty_classes(row, images):
+    recipe, layout = row
+    model = recipes.build(recipe, tuple(f"organ {n}" for n in range(20)), BACKBONES[layout]())
     labels = torch.randint(0, 21, (2, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
     step(model, images, labels)
     assert model(images).shape[1] == 21
+
+
+def test_prompts_still_matter_after_training(model, images, labels):
+    if not model.takes_prompts:
+        pytest.skip("the recipe takes no prompts")
+    step(model, images, labels)
+    with torch.no_grad():
+        masks, _ = box_masks(model, model.embed(images[:1]))
+    assert not torch.allclose(masks[0], masks[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["lora", "samed", "s_sam", "unet", *(f"ft/mobile_sam/encoder+decoder/{m}" for m in ("vanilla", "adapter"))],
+)
+def test_one_slice_can_be_learned_by_heart(recipe):
+    """AutoSAM's heads and SAM-LST's ladder: see their own tests."""
+    model = recipes.build(recipe, one_slice.LABELS, BACKBONES["fused"]())
+    assert one_slice.overfit(model, steps=100, rate=3e-3) > 0.95
 
 
 def test_adapter_hits_q_and_v_alone(layout, images):
