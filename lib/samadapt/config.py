@@ -68,6 +68,10 @@ def _context(text: str) -> int | None:
     return None if text == "auto" else _number(0, 1)(text)
 
 
+def _seed(text: str) -> int | None:
+    return None if text == "auto" else _number(0, 2**31 - 1)(text)
+
+
 def _switch(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError("'true' or 'false' is needed.")
@@ -139,6 +143,11 @@ class AppConfig:
     max_steps: int = field(
         default=1000,
         metadata=_about("training stops after so many optimiser steps, if the time has not run out", _number(1, 10**6)),
+    )
+
+    seed: int | None = field(
+        default=None,
+        metadata=_about("of all randomness of a training: a whole number, or 'auto' (the recipe's)", _seed),
     )
 
     cache_gib: float = field(

@@ -171,7 +171,7 @@ def get(name: str, **overrides: Any) -> Recipe:
 
 
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks and context, where it sets them.
+    """The recipe of ``config`` with its blocks, context and seed, where it sets them.
 
     Raises:
         ConfigError: the recipe adapts no blocks.
@@ -179,6 +179,8 @@ def configured(config: AppConfig) -> Recipe:
     recipe = get(config.recipe)
     if config.context is not None:
         recipe = replace(recipe, context=config.context)
+    if config.seed is not None:
+        recipe = replace(recipe, seed=config.seed)
     if config.blocks is not None:
         if not hasattr(recipe.adapter, "blocks"):
             raise ConfigError(
