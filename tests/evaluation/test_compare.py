@@ -37,7 +37,7 @@ def comparison(studies, **changes):
         "recipes": ("lora", "unet"),
         "labelled": (1, 3),
         "seeds": (0, 1),
-        "testing": 2,
+        "testing": 3,
         "settings": settings,
     }
     return Comparison(**(whole | changes))
@@ -61,7 +61,7 @@ class Runs:
             return {"failed": "no <memory> left", "peak_gib": 0.1, "wall_seconds": 1.0}
         for case in job.testing:
             volume = read_volume(f"{job.studies}/{case}.nii.gz")
-            write_mask(folder / "masks" / f"{case}.nii.gz", np.zeros(volume.geometry.shape), volume.geometry)
+            write_mask(folder / "masks" / f"{case}.nii.gz", np.zeros(volume.geometry.shape, np.uint8), volume.geometry)
         dice = 0.5 + 0.1 * len(job.training)
         pairs = [{"dice": dice, "hd95_mm": 4.0}, {"dice": 0.0, "hd95_mm": None}]
         return {
@@ -159,7 +159,7 @@ def test_the_sheet_has_one_row_for_each_run_case_and_class(studies, tmp_path):
     report = compare(comparison(studies), tmp_path / "out", silent, Runs())
     with open(report.sheet, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    assert len(rows) == 2 * 2 * 2 * 2 * 2  # recipes, numbers of cases, seeds, test cases, classes
+    assert len(rows) == 2 * 2 * 2 * 3 * 2  # recipes, numbers of cases, seeds, test cases, classes
     keys = {(r["recipe"], r["labelled_cases"], r["seed"], r["test_case"], r["class"]) for r in rows}
     assert len(keys) == len(rows)
     assert {r["class"] for r in rows} == set(ODD.names)
@@ -174,7 +174,7 @@ def test_the_summary_means_classes_and_seeds_then_cases(studies, tmp_path):
     assert (one.labelled, three.labelled) == (1, 3)
     assert one.scores.dice.mean == pytest.approx(0.6 / 2)
     assert three.by_class[ODD.names[0]].dice.mean == pytest.approx(0.8)
-    assert (one.scores.hd95.mean, one.scores.defined, one.scores.missed) == (4.0, 4, 4)
+    assert (one.scores.hd95.mean, one.scores.defined, one.scores.missed) == (4.0, 6, 6)
     assert math.isnan(one.by_class[ODD.names[1]].hd95.mean)
 
 

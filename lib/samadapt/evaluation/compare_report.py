@@ -328,9 +328,11 @@ def _overlays(finished: Sequence[Record], labels: LabelMap, studies: str, output
     order = sorted((case for case in means if not math.isnan(means[case])), key=lambda case: -means[case])
     known = {case.id: case for case in find_cases(studies)} if Path(studies).is_dir() else {}
     places = {"best": 0, "median": len(order) // 2, "worst": -1} if order else {}
-    found = []
+    found: list[dict[str, Any]] = []
     for word, place in places.items():
         case = order[place]
+        if case in (overlay["case"] for overlay in found):
+            continue
         files = [run_folder(output, run["settings"]["recipe"], most, seed) / MASKS / f"{case}.nii.gz" for run in runs]
         if case not in known or not all(file.is_file() for file in files):
             continue

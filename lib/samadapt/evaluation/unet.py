@@ -142,8 +142,8 @@ class TrainedUNet:
         turn = turn_to_lps(volume.geometry)
         image = _tensor(self.window.apply(turn.forward(volume.array)))
         batch = image[None].to(self._device)
-        logits = sliding_window_inference(batch, self.plan.shape, 1, self.network, overlap=0.5, mode="gaussian").cpu()
-        return np.ascontiguousarray(turn.back(logits[0].argmax(dim=0).numpy().astype(np.uint8)))
+        logits = sliding_window_inference(batch, self.plan.shape, 1, self.network, overlap=0.5, mode="gaussian")
+        return np.ascontiguousarray(turn.back(logits[0].argmax(dim=0).cpu().numpy().astype(np.uint8)))
 
 
 def train_unet(
