@@ -19,6 +19,7 @@ import jinja2
 import matplotlib
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -39,6 +40,9 @@ PAGE, SHEET = "report.html", "results.csv"
 
 PICTURE_SIDE = 200
 """Longer side of a picture of a slice, pixels."""
+
+DICE_RANGE = (-0.02, 1.02)
+"""Of an axis; a little more than 0 to 1, so that points at the ends are seen whole."""
 
 COLUMNS = (
     "recipe",
@@ -256,17 +260,17 @@ def _training_sets(finished: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _dice_chart(rows: Sequence[Row]) -> dict[str, str]:
     """Dice against the number of labelled cases."""
-    chart = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = chart.subplots()
     names, counts = _names(row.recipe for row in rows), sorted({row.labelled for row in rows})
+    chart = Figure(figsize=(8, _height(4.5, names)), layout="constrained")
+    axis = chart.subplots()
     for position, name in enumerate(names):
         own = [row for row in rows if row.recipe == name]
-        shift = 0.3 * (position / max(1, len(names) - 1) - 0.5)
+        shift = 0.2 * (position / max(1, len(names) - 1) - 0.5)
         means = np.array([row.scores.dice.mean for row in own])
         spread = np.array([[_reach(row.scores.dice, end) for row in own] for end in ("low", "high")])
         places = [counts.index(row.labelled) + shift for row in own]
         axis.errorbar(places, means, spread, label=name, marker="o", capsize=3, **_style(position))
-    axis.set(xlabel="labelled cases", ylabel="mean Dice on the test cases", ylim=(0, 1))
+    axis.set(xlabel="labelled cases", ylabel="mean Dice on the test cases", ylim=DICE_RANGE)
     axis.set_xticks(range(len(counts)), list(map(str, counts)))
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -280,31 +284,20 @@ def _reach(found: Estimate, end: str) -> float:
 
 
 def _learning_curves(finished: Sequence[Record]) -> Iterator[dict[str, str]]:
-    """For every number of labelled cases: held-out Dice and training loss, round by round."""
+    """For every number of labelled cases: training loss and, where something is held out, Dice, round by round."""
     names = _names(record["settings"]["recipe"] for record in finished)
     for count in sorted({record["settings"]["labelled"] for record in finished}):
         runs = [record for record in finished if record["settings"]["labelled"] == count]
-        curves: list[tuple[str, Callable[[Record], float]]] = [
-            ("training loss", lambda done: _float(done["loss"])),
-            ("held-out Dice", lambda done: mean(map(_float, done["dice"].values()))),
-        ]
         checked = any(done["dice"] for record in runs for done in record["rounds"])
-        shown = curves if checked else curves[:1]
-        chart = Figure(figsize=(4.5 * len(shown) + 2, 3.5), layout="constrained")
-        for axis, (title, read) in zip(chart.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            seen: set[str] = set()
-            for record in runs:
-                name = record["settings"]["recipe"]
-                points = [(done["round"] / ROUNDS, read(done)) for done in record["rounds"]]
-                defined = [point for point in points if not math.isnan(point[1])]
-                label = None if name in seen else name
-                seen.add(name)
-                axis.plot(
-                    *zip(*defined, strict=True) if defined else ([], []), label=label, **_style(names.index(name))
-                )
-            axis.set(xlabel="share of the training", title=title, xlim=(0, 1))
-            axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        columns = 2 if checked else 1
+        chart = Figure(figsize=(4.5 * columns + 2, _height(3.5, names)), layout="constrained")
+        axes = chart.subplots(1, columns, squeeze=False)[0]
+        _plot_rounds(axes[0], runs, names, lambda done: _float(done["loss"]))
+        axes[0].set_title("training loss")
+        if checked:
+            _plot_rounds(axes[1], runs, names, lambda done: mean(map(_float, done["dice"].values())))
+            axes[1].set(title="held-out Dice", ylim=DICE_RANGE)
+        axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         about = "One line for each seed. Losses of different recipes are made of different terms: compare their course."
         if not checked:
             about += " Nothing is held out of so few cases, so there is no Dice to show."
@@ -313,6 +306,20 @@ def _learning_curves(finished: Sequence[Record]) -> Iterator[dict[str, str]]:
             "about": about,
             "uri": _chart_uri(chart),
         }
+
+
+def _plot_rounds(axis: Axes, runs: Sequence[Record], names: Sequence[str], read: Callable[[Record], float]) -> None:
+    """A line for each run; ``read`` takes the value from the record of a round, NaN where it has none."""
+    labelled: set[str] = set()
+    for record in runs:
+        name = record["settings"]["recipe"]
+        points = [(done["round"] / ROUNDS, read(done)) for done in record["rounds"]]
+        shares, values = np.reshape([point for point in points if not math.isnan(point[1])], (-1, 2)).T
+        label = None if name in labelled else name
+        labelled.add(name)
+        axis.plot(shares, values, label=label, marker=".", **_style(names.index(name)))
+    axis.set(xlabel="share of the training", xlim=(0, 1))
+    axis.grid(alpha=0.3)
 
 
 def _overlays(finished: Sequence[Record], labels: LabelMap, studies: str, output: Path) -> list[dict[str, Any]]:
@@ -351,6 +358,11 @@ def _overlays(finished: Sequence[Record], labels: LabelMap, studies: str, output
 
 def _names(recipes: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(recipes))
+
+
+def _height(least: float, names: Sequence[str]) -> float:
+    """Inches, so that the legend has room."""
+    return max(least, 0.18 * len(names) + 0.5)
 
 
 def _style(position: int) -> dict[str, Any]:
