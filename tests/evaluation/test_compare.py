@@ -7,10 +7,11 @@ import re
 import sys
 from html.parser import HTMLParser
 
+import nibabel
 import numpy as np
 import pytest
 
-from samadapt import cli
+from samadapt import cli, recipes
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume, write_mask
 from samadapt.errors import ConfigError, InputError
@@ -152,7 +153,7 @@ def test_all_recipes_get_the_same_cases_and_more_labels_contain_fewer(studies, t
             assert jobs["lora", count, seed].training == jobs["unet", count, seed].training
         assert set(jobs["lora", 1, seed].training) < set(jobs["lora", 3, seed].training)
     assert all(not set(job.training) & set(job.testing) for job in jobs.values())
-    assert jobs["lora", 1, 1].config.seed == 1
+    assert recipes.configured(jobs["lora", 1, 1].config).seed == 1
 
 
 def test_the_sheet_has_one_row_for_each_run_case_and_class(studies, tmp_path):
@@ -278,50 +279,62 @@ def test_metrics_of_a_case_are_in_millimetres_and_say_what_is_missing(studies, t
     assert read_volume(tmp_path / "case_0.nii.gz").geometry.shape == truth.shape
 
 
-def test_a_comparison_from_the_command_line(studies, tmp_path, monkeypatch, capsys):
-    """Two recipes that train and one that cannot, each in a process of its own."""
-    (studies / "patients.json").write_text(json.dumps({f"case_{n}": f"p{n}" for n in range(6)}))
-    words = [
-        "compare",
-        studies,
-        "--recipes",
-        "lora_late,unet",
-        "--labels",
-        "bright,dark",
-        "--cases",
-        "1",
-        "--seeds",
-        "1",
-    ]
-    words += ["--test", "2", "--minutes", "0.05", "--image-size", "64", "--conf", "max_steps=2"]
-    words += ["--output", tmp_path / "out", "--json"]
-    monkeypatch.setattr(sys, "argv", ["samadapt", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert ended.value.code in (0, None), err
+@pytest.fixture
+def run(monkeypatch, capsys, studies, tmp_path):
+    """``samadapt compare`` with a budget of seconds: (exit code, standard output, standard error)."""
+
+    def call(*words):
+        cases = ["--labels", "bright,dark", "--cases", "1", "--seeds", "1", "--test", "2"]
+        quick = ["--minutes", "0.05", "--image-size", "64", "--conf", "max_steps=2"]
+        fixed = ["compare", studies, *cases, *quick, "--output", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["samadapt", *map(str, [*fixed, *words])])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_a_comparison_from_the_command_line(run, tmp_path):
+    """A recipe and a U-Net, each in a process of its own."""
+    code, out, err = run("--recipes", "lora_late,unet", "--json")
+    assert code == 0, err
     value = json.loads(out)
     rows = {row["recipe"]: row for row in value["rows"]}
     assert rows.keys() == {"lora_late", "unet"}
     assert value["failed"] == []
     assert all(row["peak_gib"] > 0.2 and row["seconds_per_step"] > 0 for row in rows.values())
-    assert rows["lora_late"]["steps"] == 2
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     ours = next(r for r in results.values() if r["settings"]["recipe"] == "lora_late")
     assert len(ours["trained_on"]) == 1
-    assert ours["rounds"][-1]["step"] == 2
+    assert 1 <= ours["rounds"][-1]["step"] == ours["steps"] <= 2
     assert "2 of 2: unet, 1 case, seed 1" in err
 
 
-def test_a_run_that_cannot_be_done_says_why(studies, tmp_path):
-    """Two dimensions are forced upon a 3D network: the U-Net's own refusal, from its own process."""
+def test_a_run_that_cannot_be_done_says_why(run, studies):
+    """Single slices for a 3D network: the U-Net's own refusal, from its own process."""
     for path in studies.glob("**/case_*.nii.gz"):
-        import nibabel
-
         image = nibabel.load(path)
-        flat = nibabel.Nifti1Image(np.asarray(image.dataobj)[:, :, 2:3], image.affine)
-        nibabel.save(flat, path)
-    chosen = comparison(studies, recipes=("unet_3d",), labelled=(1,), seeds=(0,))
-    report = compare(chosen, tmp_path / "out", silent)
-    assert report.rows == []
-    assert "several slices" in report.failed[0]["why"]
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:, :, 2:3], image.affine), path)
+    code, out, _ = run("--recipes", "unet_3d")
+    assert code == 1
+    assert "failed: unet_3d, 1 labelled, seed 1" in out
+    assert "several slices" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--recipes", "lora_lat"], "Did you mean 'lora_late'"),
+        (["--recipes", "lora", "--cases", "1,four"], "'four' is no whole number"),
+        (["--recipes", "lora", "--conf", "seed=3"], "option of its own"),
+        (["--recipes", "lora", "--image-size", "100"], "multiple of 32"),
+        (["--recipes", "lora", "--test", "6"], "leaves none to learn from"),
+        (["--recipes", "lora", "--cases", "1,5"], "where 5 are needed"),
+    ],
+)
+def test_wrong_words_are_one_message_and_an_exit_code(run, tmp_path, words, part):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert part in err
+    assert not (tmp_path / "out").exists()
