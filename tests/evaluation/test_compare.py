@@ -76,6 +76,7 @@ class Runs:
             "backbone": "lite_medsam",
             "trained_on": job.training,
             "held_out": [],
+            "remarks": ["case_0: 'tumor' is <no> label"],
             "cases": {case: dict(zip(job.labels, pairs, strict=True)) for case in job.testing},
             "peak_gib": 0.5,
             "wall_seconds": 5.0,
@@ -207,6 +208,7 @@ def test_the_page_needs_nothing_outside_it_and_shows_names_as_they_are(studies, 
     # a chart of Dice, learning curves for 1 and 3 cases; best, median and worst with image, truth and two recipes
     assert len(page.pictures) == 3 + 3 * 4
     assert set(ODD.names) <= set(page.texts)
+    assert "case_0: 'tumor' is <no> label" in page.texts
     assert all(any(case in part for part in page.texts) for case in ("case_0", "case_3"))
 
 

@@ -19,7 +19,7 @@ class Ended:
 
     Attributes:
         code: its exit status; negative is the signal that ended it.
-        peak_gib: its largest resident size, GiB. Linux counts from the size that the starting process had.
+        peak_gib: its largest resident size, GiB, but for what it took in the last ``POLL_SECONDS``.
         seconds: wall-clock time.
     """
 
@@ -48,7 +48,7 @@ def run_apart(
         watch: called several times a second.
         environment: as ``subprocess.Popen`` takes it.
     """
-    started = time.monotonic()
+    started, peak = time.monotonic(), 0.0
     with open(log, "wb") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)
     try:
@@ -56,10 +56,24 @@ def run_apart(
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
-                return Ended(process.returncode, usage.ru_maxrss / 2**20, time.monotonic() - started)
+                return Ended(process.returncode, peak or usage.ru_maxrss / 2**20, time.monotonic() - started)
+            peak = _peak_gib(process.pid) or peak
             watch()
             time.sleep(POLL_SECONDS)
     finally:
         if process.returncode is None:
             process.kill()
             process.wait()
+
+
+def _peak_gib(pid: int) -> float | None:
+    """Largest resident size so far of a living process; None where the system does not tell.
+
+    Not ``ru_maxrss``: Linux lets that of a new process begin at the size of the one that started it.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0]) / 2**20 if sizes else None

@@ -272,6 +272,7 @@ def _dice_chart(rows: Sequence[Row]) -> dict[str, str]:
         axis.errorbar(places, means, spread, label=name, marker="o", capsize=3, **_style(position))
     axis.set(xlabel="labelled cases", ylabel="mean Dice on the test cases", ylim=DICE_RANGE)
     axis.set_xticks(range(len(counts)), list(map(str, counts)))
+    axis.set_xlim(-0.5, len(counts) - 0.5)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     title = "Dice against the number of labelled cases"
