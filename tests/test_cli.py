@@ -212,6 +212,6 @@ def test_a_second_training_of_a_folder_is_refused(run, studies, monkeypatch):
 def test_recipes(run):
     code, out, _ = run("recipes", "--json")
     assert code == 0
-    found = json.loads(out)["recipes"]
+    found = json.loads(out)
     assert {"lora"} <= {recipe["name"] for recipe in found}
-    assert all(0 < recipe["trainable"] < recipe["parameters"] for recipe in found)
+    assert all(0 < recipe["trainable_parameters"] < recipe["parameters"] for recipe in found)

@@ -63,7 +63,7 @@ def test_cached_equals_live_within_half_precision(model, view, cache):
     change(model)
     live = SliceEncoder(model).embeddings(view, [0, 2, 5])
     for _ in ("computed", "read"):
-        torch.testing.assert_close(SliceEncoder(model, cache).embeddings(view, [0, 2, 5]), live, atol=5e-3, rtol=0)
+        torch.testing.assert_close(SliceEncoder(model, cache).embeddings(view, [0, 2, 5]), live, atol=5e-3, rtol=1e-3)
 
 
 def test_each_slice_is_encoded_once_whatever_it_is_asked_with(model, view, cache, monkeypatch):

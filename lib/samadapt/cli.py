@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,13 +158,13 @@ def train(
     labels: Annotated[
         str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
     ] = None,
+    recipe: Annotated[str | None, typer.Option(help="How the model adapts: see `samadapt recipes`.")] = None,
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
     """Learn from every label of a studies folder. A training that was stopped goes on where it was."""
     settings = _settings(conf)
-    if labels is not None:
-        settings["labels"] = labels
+    settings |= {key: text for key, text in (("labels", labels), ("recipe", recipe)) if text is not None}
     config = AppConfig.from_strings(settings)
     cases, project = _open(studies)
     label_map = _label_map(studies, cases, project, config.labels)
@@ -188,6 +189,59 @@ def train(
             lines.append(f"One click: Dice {scores.adapted:.2f}, by the plain model {scores.plain:.2f}.")
         ending = "\n".join([*lines, *result.remarks])
         out.result(value, *shown, ending)
+
+
+@app.command()
+def synthesize(
+    studies: Studies,
+    output: Annotated[Path, typer.Option(help="PNG to write.")],
+    count: Annotated[int, typer.Option(min=1, max=200, help="Samples to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws; trainings take 0.")] = 0,
+    blind: Annotated[
+        bool, typer.Option("--random-exemplars", help="Draw the exemplars blindly, to compare with the usual choice.")
+    ] = False,
+    labels: Annotated[str | None, typer.Option(help="As for train.")] = None,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Show synthetic slices that a training with synthesis would learn from, in one picture."""
+    if output.suffix.lower() != ".png":
+        raise ConfigError("the picture is a PNG", where="--output", remedy="Give a name that ends in .png.")
+    settings = _settings(conf)
+    if labels is not None:
+        settings["labels"] = labels
+    config = AppConfig.from_strings(settings)
+    cases, project = _open(studies)
+    label_map = _label_map(studies, cases, project, config.labels)
+    from samadapt.data.synthesis import choose_exemplars, random_exemplars
+    from samadapt.evaluation import contact_sheet
+    from samadapt.training.synthetic import SyntheticSlices
+
+    with terminal(as_json=as_json) as out, out.bar("reading the labelled cases") as update:
+
+        def show(done: int, total: int) -> None:
+            update(completed=done, total=total)
+
+        with contact_sheet.training_slices(cases, label_map, config, project, show) as prepared:
+            choose = partial(random_exemplars, seed=seed) if blind else choose_exemplars
+            bank = SyntheticSlices(prepared, seed, choose)
+            areas = contact_sheet.draw(bank, label_map, count, output)
+        exemplars = [{"case": case.id, "slice": index} for case, index in bank.exemplars]
+        value = {
+            "sheet": output,
+            "labels": label_map.to_dict(),
+            "seed": seed,
+            "exemplars": exemplars,
+            "backgrounds": len(bank.backgrounds),
+            "share": bank.share,
+            "remark": bank.remark,
+            "samples": areas,
+        }
+        ending = (
+            f"{count} samples from {len(exemplars)} exemplars on {len(bank.backgrounds)} backgrounds: {output}\n"
+            f"In a training {100 * bank.share:.0f} % of the slices would be synthetic."
+        )
+        out.result(value, *filter(None, [ending, bank.remark]))
 
 
 @app.command()
@@ -336,7 +390,9 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
 @app.command()
 def compare(
     studies: Studies,
-    recipes: Annotated[str, typer.Option(help="Recipes (see `samadapt recipes`), unet, unet_2d, unet_3d.")],
+    recipes: Annotated[
+        str, typer.Option(help="Recipes; and U-Nets of their own loop: unet (2D or 3D by the data), unet_2d, unet_3d.")
+    ],
     labels: Annotated[
         str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
     ] = None,
@@ -403,27 +459,34 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 @app.command()
 def recipes(
-    backbone: Annotated[str, typer.Option(help="Count the parameters with this backbone.")] = "lite_medsam",
+    backbone: Annotated[
+        str, typer.Option(help="Count the parameters with this backbone, where the recipe has none of its own.")
+    ] = "lite_medsam",
+    image_size: Annotated[int | None, typer.Option(help="And at this size, in pixels.")] = None,
+    classes: Annotated[int, typer.Option(min=1, max=1000, help="And for so many structures.")] = 1,
+    reference: Annotated[bool, typer.Option("--reference", help="In the form of the papers' published code.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The ways to adapt, and how many parameters each one trains."""
-    AppConfig.from_strings({"backbone": backbone})
-    from samadapt import backbones
+    """The ways to adapt, and how many parameters each one trains. Needs no weights."""
+    size = {} if image_size is None else {"image_size": str(image_size)}
+    AppConfig.from_strings({"backbone": backbone, **size})
     from samadapt import recipes as registry
 
-    found: list[dict[str, Any]] = []
-    for name in registry.names():
-        model = registry.build(name, ["structure"], backbone=backbones.build(backbone))  # random weights: to count
-        trainable = sum(parameter.numel() for parameter in model.trainable().values())
-        total = sum(parameter.numel() for parameter in model.parameters())
-        summary = registry.get(name).summary
-        found.append({"name": name, "summary": summary, "trainable": trainable, "parameters": total})
-    rows = [
-        [r["name"], r["summary"], f"{r['trainable']:,}", f"{100 * r['trainable'] / r['parameters']:.1f}"] for r in found
-    ]
     with terminal(as_json=as_json) as out:
-        shown = table(f"Recipes, on {backbone}", ["recipe", "what it does", "trains", "% of all"], rows)
-        out.result({"backbone": backbone, "recipes": found}, shown)
+        found: list[dict[str, Any]] = []
+        names = registry.names()
+        with out.bar("counting") as update:
+            for number, name in enumerate(names):
+                update(completed=number, total=len(names))
+                recipe = registry.reference(name) if reference else registry.get(name)
+                counts = registry.count(recipe, classes, backbone, image_size)
+                found.append({"name": name, "summary": recipe.summary, **counts})
+        rows = [
+            [r["name"], r["summary"], r["backbone"], f"{r['trainable_parameters']:,}", f"{r['percent']:.2f}"]
+            for r in found
+        ]
+        title = f"Recipes for {classes} structure{'s' if classes > 1 else ''}"
+        out.result(found, table(title, ["recipe", "what it does", "backbone", "trains", "% of all"], rows))
 
 
 @app.command()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from samadapt.data.labels import LabelMap
 
 BACKBONES = ("lite_medsam", "mobile_sam", "sam_vit_b", "sam_vit_l", "sam_vit_h")
+SYNTHESES = ("none", "exemplar")
 
 
 def closest(word: str, known: Sequence[str]) -> str:
@@ -70,6 +71,10 @@ def _context(text: str) -> int | None:
 
 def _seed(text: str) -> int | None:
     return None if text == "auto" else _number(0, 2**31 - 1)(text)
+
+
+def _synthesis(text: str) -> str | None:
+    return None if text == "auto" else _one_of(lambda: SYNTHESES)(text)
 
 
 def _switch(text: str) -> bool:
@@ -136,6 +141,13 @@ class AppConfig:
     context: int | None = field(
         default=None,
         metadata=_about("neighbouring slices on each side as input channels: 0, 1, or 'auto' (the recipe's)", _context),
+    )
+    synthesis: str | None = field(
+        default=None,
+        metadata=_about(
+            "synthetic slices to learn from, made of a few labelled ones: 'none', 'exemplar', or 'auto' (the recipe's)",
+            _synthesis,
+        ),
     )
     max_train_minutes: float = field(
         default=8.0, metadata=_about("training stops after so many minutes", _number(0.05, 1440, float))

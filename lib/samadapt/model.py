@@ -129,7 +129,7 @@ class AdaptedModel(nn.Module):
         self._fixed_key: str | None = None
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B,3,S,S) in [0,1] -> (B,256,g,g)."""
+        """(B,3,S,S) in [0,1] -> (B,256,g,g), or whatever the head reads."""
         return self._finish(self._begin(images))
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -145,6 +145,8 @@ class AdaptedModel(nn.Module):
         return tokens if self._encoder_frozen else self._finish(tokens)
 
     def _begin(self, images: Tensor) -> Tensor:
+        if self.head.reads_images:
+            return images
         if self.first_trainable_block is not None:
             return self.backbone.tokens(images, self.first_trainable_block)
         embeddings = self.backbone.embed(images)
@@ -251,6 +253,8 @@ class AdaptedModel(nn.Module):
         """Names what ``tokens`` computes; the same for every version that was trained with one recipe on one base."""
         if self._encoder_frozen:
             return self.encoder_key()
+        if self.head.reads_images:
+            return "images"
         entered = "neck" if self.first_trainable_block is None else self.first_trainable_block
         images = "" if self.side is None else "-images"
         return f"tokens {self.info.weights_sha256[:16]}-{entered}{images}"

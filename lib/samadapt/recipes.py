@@ -12,6 +12,7 @@ from samadapt.adapters import (
     EncoderAdapter,
     Frozen,
     FullTuning,
+    Ladder,
     LoraConfig,
     PeftAdapter,
     SideConfig,
@@ -19,7 +20,7 @@ from samadapt.adapters import (
 from samadapt.adapters.peft_tuners import fitting_tuners, known_tuners
 from samadapt.config import BACKBONES, closest
 from samadapt.errors import ConfigError
-from samadapt.heads import HeadConfig, SamHead
+from samadapt.heads import AutoSamCnn, AutoSamLinear, AutoSamVit, HeadConfig, SamHead, UNetHead, WidenedHead
 
 if TYPE_CHECKING:
     from samadapt.backbones import Backbone
@@ -48,6 +49,7 @@ class Recipe:
         batch_size: slices per step.
         copies: augmented copies of each slice; what is frozen runs once for each of them.
         prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
+        synthesis: "exemplar": it learns from ``samadapt.training.synthetic`` slices beside the real ones; or "none".
         seed: of all randomness.
     """
 
@@ -66,6 +68,7 @@ class Recipe:
     batch_size: int = 8
     copies: int = 8
     prompt_weight: float = 0.3
+    synthesis: str = "none"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +126,48 @@ _RECIPES = {
             summary="SAMed: LoRA of rank 4 on q and v of every block, the whole decoder",
             adapter=LoraConfig(rank=4, alpha=4),
         ),
+        Recipe(
+            name="unet",
+            summary="the baseline: a U-Net from scratch, without any SAM",
+            adapter=Frozen(),
+            head=UNetHead(),
+            head_learning_rate=3e-3,
+            copies=64,
+        ),
+        Recipe(
+            name="cheap_lunch",
+            summary="Cheap Lunch: samed, and synthetic slices made from a few labelled ones",
+            adapter=LoraConfig(rank=4, alpha=4),
+            synthesis="exemplar",
+        ),
+        Recipe(
+            name="sam_lst",
+            summary="SAM-LST: a small CNN beside the frozen encoder; of SAM's decoder all behind the transformer",
+            adapter=Frozen(),
+            side=Ladder(),
+            head=SamHead("classes"),
+            learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_vit",
+            summary="AutoSAM: a decoder with tokens for each class on the frozen encoder; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamVit(),
+            head_learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_cnn",
+            summary="AutoSAM: a small CNN as head on the frozen encoder; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamCnn(),
+            head_learning_rate=1e-3,
+        ),
+        Recipe(
+            name="autosam_linear",
+            summary="AutoSAM: two linear layers per pixel on the frozen encoder, the quickest; no points or boxes",
+            adapter=Frozen(),
+            head=AutoSamLinear(),
+        ),
         *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
         *(
             Recipe(
@@ -170,8 +215,48 @@ def get(name: str, **overrides: Any) -> Recipe:
     return replace(_RECIPES[name], **overrides)
 
 
+STUDY_BLOCKS = (0, 1, 10, 11)
+"""Blocks that finetune-SAM's code adapts by default, whatever the backbone's depth."""
+
+_TINY_STAGES = {"lite_medsam", "mobile_sam"}
+
+
+def reference(name: str) -> Recipe:
+    """The recipe in the form of its paper's published code, to compare parameter counts and results with it.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    recipe = get(name)
+    if name.startswith(f"{_STUDY}/"):
+        return _study_reference(recipe)
+    parts: dict[str, Any] = {
+        part: replace(config, reference=True)
+        for part in ("adapter", "side", "head")
+        if (config := getattr(recipe, part)) is not None and hasattr(config, "reference")
+    }
+    if isinstance(recipe.head, SamHead) and name in ("samed", "cheap_lunch", "sam_lst"):
+        parts["head"] = WidenedHead("upscaling" if name == "sam_lst" else "all")
+    return replace(recipe, **parts)
+
+
+def _study_reference(recipe: Recipe) -> Recipe:
+    """finetune-SAM's code: a widened decoder, four blocks; of TinyViT it counts stages, so the last one is left out."""
+    assert isinstance(recipe.head, SamHead)
+    learns: Any = recipe.head.learns
+    adapter, tiny = recipe.adapter, recipe.backbone in _TINY_STAGES
+    blocks = tuple(range(2, 10)) if tiny else STUDY_BLOCKS
+    if isinstance(adapter, BottleneckAdapter):
+        adapter = replace(adapter, blocks=blocks, reference=True)
+    elif isinstance(adapter, FullTuning):
+        adapter = replace(adapter, reference=True)
+    elif isinstance(adapter, LoraConfig):
+        adapter = replace(adapter, blocks=blocks, stem=tiny)
+    return replace(recipe, adapter=adapter, head=WidenedHead(learns, extra=1))
+
+
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks, context and seed, where it sets them.
+    """The recipe of ``config`` with its blocks, context, synthesis and seed, where it sets them.
 
     Raises:
         ConfigError: the recipe adapts no blocks.
@@ -181,6 +266,8 @@ def configured(config: AppConfig) -> Recipe:
         recipe = replace(recipe, context=config.context)
     if config.seed is not None:
         recipe = replace(recipe, seed=config.seed)
+    if config.synthesis is not None:
+        recipe = replace(recipe, synthesis=config.synthesis)
     if config.blocks is not None:
         if not hasattr(recipe.adapter, "blocks"):
             raise ConfigError(
@@ -189,6 +276,39 @@ def configured(config: AppConfig) -> Recipe:
         blocks = None if config.blocks == "all" else config.blocks
         recipe = replace(recipe, adapter=replace(recipe.adapter, blocks=blocks))  # type: ignore[call-arg]
     return recipe
+
+
+def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = None) -> dict[str, Any]:
+    """How many parameters a recipe trains; no weights are made.
+
+    Args:
+        recipe: any.
+        classes: K, foreground classes.
+        backbone: registry name, for a recipe that has none of its own.
+        image_size: pixels; None takes the backbone's own.
+
+    Returns:
+        ``backbone``, ``trainable_parameters``, ``encoder_parameters`` (those of them in or beside the encoder),
+        ``parameters`` (all that the model runs with) and ``percent``.
+    """
+    import torch
+
+    from samadapt import backbones
+    from samadapt.backbones.registry import spec
+
+    name = recipe.backbone or backbone
+    with torch.device("meta"):
+        base = backbones.build(name, image_size or spec(name).image_size)
+        model = build(recipe, [f"structure {n}" for n in range(classes)], base)
+    sizes = {key: parameter.numel() for key, parameter in model.trainable().items()}
+    trained, total = sum(sizes.values()), sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "backbone": name,
+        "trainable_parameters": trained,
+        "encoder_parameters": sum(size for key, size in sizes.items() if not key.startswith("head.")),
+        "parameters": total,
+        "percent": 100 * trained / total,
+    }
 
 
 def build(
@@ -218,4 +338,7 @@ def build(
     base = backbones.load(chosen, weights, image_size) if isinstance(chosen, str) else chosen
     label_map = labels if isinstance(labels, LabelMap) else LabelMap(tuple(labels))
     info = ModelInfo(recipe, label_map, base.name, base.weights_sha256, base.image_size)
-    return AdaptedModel(base, info).eval()
+    model = AdaptedModel(base, info)
+    if recipe.side is not None and model.side is not None:
+        recipe.side.pretrain(model.side)
+    return model.eval()

@@ -6,6 +6,7 @@ from typing import Any
 
 from samadapt.adapters.base import Blocks, EncoderAdapter
 from samadapt.adapters.bottleneck import BottleneckAdapter
+from samadapt.adapters.ladder import Ladder
 from samadapt.adapters.lora import LoraConfig
 from samadapt.adapters.peft_tuners import PeftAdapter
 from samadapt.adapters.plain import Frozen, FullTuning
@@ -17,6 +18,7 @@ __all__ = [
     "EncoderAdapter",
     "Frozen",
     "FullTuning",
+    "Ladder",
     "LoraConfig",
     "PeftAdapter",
     "SideConfig",
@@ -26,7 +28,7 @@ __all__ = [
 
 _KINDS = {adapter.kind: adapter for adapter in (Frozen, FullTuning, LoraConfig, BottleneckAdapter, PeftAdapter)}
 
-_SIDES: dict[str, type[SideConfig]] = {}
+_SIDES: dict[str, type[SideConfig]] = {side.kind: side for side in (Ladder,)}
 
 
 def from_dict(value: dict[str, Any]) -> EncoderAdapter:

@@ -35,8 +35,8 @@ class EncoderAdapter(ABC):
             seed: of every random start.
 
         Returns:
-            The first block that depends on what is trained, so that the tokens entering it may be cached; the number
-            of blocks where only the neck does; None where nothing does.
+            The first block that depends on what is trained, so that the tokens entering it may be cached; ``IMAGES``
+            where already those do, the number of blocks where only the neck does, and None where nothing does.
 
         Raises:
             ConfigError: the configuration does not fit this backbone.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 
 from samadapt.adapters.base import Blocks, EncoderAdapter, choose
@@ -75,7 +76,7 @@ class BottleneckAdapter(EncoderAdapter):
         ratio: width of the narrow layer in parts of the block's channels.
         blocks: which blocks.
         reference: start as the study's code does, with random weights on the way back (the model is perturbed at
-            first), and with the third bottleneck per block that its code makes and never uses.
+            first), and with the third bottleneck per block that its code makes for SAM's ViT and never uses.
     """
 
     kind = "bottleneck"
@@ -99,9 +100,9 @@ class BottleneckAdapter(EncoderAdapter):
 
     def _adapt(self, block: nn.Module, dim: int) -> None:
         hidden, like = int(dim * self.ratio), next(block.parameters())
-        count = 3 if self.reference else 2
-        made = [Bottleneck(dim, hidden, zero=not self.reference).to(like.device, like.dtype) for _ in range(count)]
+        unused = self.reference and isinstance(block, Block)
+        made = [Bottleneck(dim, hidden, zero=not self.reference).to(like.device, like.dtype) for _ in range(3)]
         block.attn = SerialAdapter(block.get_submodule("attn"), made[0])
         block.mlp = ParallelAdapter(block.get_submodule("mlp"), made[1])
-        if self.reference:
+        if unused:
             block.unused_depth_adapter = made[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from samadapt.adapters.base import Blocks, EncoderAdapter
 from samadapt.adapters.peft_tuners import check_targets, inject_tuner, merge_tuners, target_modules
@@ -20,6 +21,8 @@ class LoraConfig(EncoderAdapter):
         dropout: probability of dropping an input feature of A in training, 0..1.
         targets: which layers are adapted: "q", "k", "v", "o", "mlp".
         blocks: which blocks.
+        stem: whether what comes before the first block with attention learns whole, up to there: finetune-SAM's code
+            lets TinyViT's convolutional stage learn so (methods: 5.2).
     """
 
     kind = "lora"
@@ -28,6 +31,7 @@ class LoraConfig(EncoderAdapter):
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "v")
     blocks: Blocks = None
+    stem: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -38,7 +42,11 @@ class LoraConfig(EncoderAdapter):
         names, first = target_modules(backbone, self.targets, self.blocks)
         options = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
         inject_tuner(backbone.image_encoder, "lora", options, names, seed)
-        return first
+        if not self.stem:
+            return first
+        for module in chain.from_iterable(backbone.image_encoder.steps()[: backbone.attention_layers()[0].block]):
+            module.requires_grad_(True)
+        return 0
 
     def merge(self, backbone: Backbone) -> None:
         merge_tuners(backbone)

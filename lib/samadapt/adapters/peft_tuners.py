@@ -30,11 +30,20 @@ NORMS = "ln_tuning"
 _DEFAULTS: dict[str, dict[str, Any]] = {
     DORA: {"use_dora": True, "r": 8, "lora_alpha": 8},
     "lora": {"r": 8, "lora_alpha": 8},
-    # peft's own defaults of these two ask for widths that are multiples of 32 and 8
+    "ia3": {"feedforward_modules": []},
+    # peft's own defaults of these suit the widths of language models; all widths here are multiples of 16
     "oft": {"oft_block_size": 0, "r": 4},
     "boft": {"boft_block_size": 4},
-    "ia3": {"feedforward_modules": []},
+    "c3a": {"block_size": 16, "init_weights": True},
+    "miss": {"r": 8},
+    "psoft": {"r": 8},
+    "road": {"group_size": 16},
+    "shira": {"r": 2},
+    "vblora": {"vector_length": 16, "num_vectors": 64},
     "vera": {"r": 64},
+    # and these start away from zero unless told otherwise
+    "fourierft": {"n_frequency": 100, "init_weights": True},
+    "waveft": {"n_frequency": 100, "init_weights": True},
 }
 
 
@@ -130,8 +139,8 @@ def inject_tuner(module: nn.Module, tuner: str, options: dict[str, Any], names: 
         warnings.simplefilter("ignore")  # several tuners warn of what concerns language models
         torch.manual_seed(seed)
         try:
-            peft.inject_adapter_in_model(config, module)
-        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, AssertionError) as error:
+            _put(config, module)
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
             raise ConfigError(
                 f"peft's {tuner} does not fit these layers ({error})",
                 where=f"peft/{tuner}",
@@ -162,15 +171,15 @@ def fitting_tuners() -> tuple[str, ...]:
 
 
 def _fits(tuner: str) -> bool:
-    module = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)).requires_grad_(False)
-    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    module = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).requires_grad_(False)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     before = module(x)
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             target = "1" if tuner == NORMS else "0"
-            peft.inject_adapter_in_model(_config(tuner, {"target_modules": [target]}), module)
+            _put(_config(tuner, {"target_modules": [target]}), module)
             learns = any(parameter.requires_grad for parameter in module.parameters())
             same = torch.allclose(module(x), before, atol=1e-4)
             module(x).sum().backward()
@@ -178,6 +187,11 @@ def _fits(tuner: str) -> bool:
     except Exception:  # whatever a tuner that is not made for this may raise
         return False
     return learns and same and torch.allclose(module(x), before, atol=1e-4)
+
+
+def _put(config: peft.PeftConfig, module: nn.Module) -> None:
+    """As ``peft.inject_adapter_in_model``, which refuses tuners whose layers share matrices; each layer holds them."""
+    PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(config.peft_type)](module, config, "default")
 
 
 def _config(tuner: str, options: dict[str, Any]) -> peft.PeftConfig:

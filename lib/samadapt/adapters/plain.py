@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from samadapt.adapters.base import Blocks, EncoderAdapter, choose
-from samadapt.backbones.base import Backbone
+from samadapt.backbones.base import IMAGES, Backbone
+
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,22 @@ class FullTuning(EncoderAdapter):
 
     Attributes:
         blocks: None also tunes what comes before the first block; the neck learns with the last block.
+        reference: keep the classifier that MobileSAM's code has behind its encoder and never uses, since it counts
+            among the parameters in the finetune-SAM study.
     """
 
     kind = "full"
     blocks: Blocks = None
+    reference: bool = False
 
     def inject(self, backbone: Backbone, seed: int) -> int | None:
         encoder = backbone.image_encoder
+        if self.reference and backbone.name == "mobile_sam":
+            width = next(encoder.neck.parameters()).shape[1]
+            encoder.unused_classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, IMAGENET_CLASSES))
         if self.blocks is None:
             encoder.requires_grad_(True)
-            return 0
+            return IMAGES
         steps = encoder.steps()
         chosen = choose(self.blocks, range(len(steps)), backbone.late_block)
         for block in chosen:

@@ -33,6 +33,14 @@ class SideConfig(ABC):
     def build(self, backbone: Backbone, seed: int) -> SideNetwork:
         """A new side network for ``backbone``; exactly what it learns requires gradients."""
 
+    @abstractmethod
+    def pretrain(self, side: SideNetwork) -> None:
+        """Load what a new model starts from into what ``build`` gave; a model read from its file needs none of that.
+
+        Raises:
+            WeightsError: the configuration names a file that is missing, broken or not of this network.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """For the header of a model file."""
         return {"kind": self.kind, **asdict(self)}

@@ -14,6 +14,9 @@ from samadapt.errors import InputError
 
 EMBED_DIM = 256
 
+IMAGES = -1
+"""In place of a block's index: before the first block and all that precedes it, where the images themselves enter."""
+
 QKVPart = Literal["q", "k", "v"]
 
 
@@ -165,12 +168,15 @@ class Backbone(nn.Module):
 
     def embed_tokens(self, tokens: Tensor, block: int) -> Tensor:
         """What ``tokens`` gave for ``block`` -> (B,256,g,g). Differentiable."""
+        if block == IMAGES:
+            tokens, block = self.tokens(tokens, 0), 0
         return self.image_encoder.second_part(tokens, block)
 
     def tokens(self, images: Tensor, block: int) -> Tensor:
         """(B,3,S,S) floating point in [0,1] -> the activations that enter block ``block``, batch first.
 
-        ``block`` counts as ``AttentionLayer.block`` does; their number stands for the entry of the neck.
+        ``block`` counts as ``AttentionLayer.block`` does; their number stands for the entry of the neck, and ``IMAGES``
+        for the images, which are given back.
 
         Raises:
             InputError: the images are not floating point, or not (B,3,S,S).
@@ -188,7 +194,7 @@ class Backbone(nn.Module):
                 f"{self.name} takes floating-point images in [0, 1], not {images.dtype}",
                 remedy="Apply the intensity window first (samadapt.data.window).",
             )
-        return self.image_encoder.first_part(self.normalise(images), block)
+        return images if block == IMAGES else self.image_encoder.first_part(self.normalise(images), block)
 
     def attention_layers(self) -> list[AttentionLayer]:
         """The encoder's attention layers, first to last."""

@@ -73,7 +73,7 @@ class Comparison:
     settings: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        known = [*recipes.names(), *UNETS]
+        known = list(dict.fromkeys([*recipes.names(), *UNETS]))
         for name in self.recipes:
             if name not in known:
                 raise ConfigError(f"unknown recipe {name!r}", where="--recipes", remedy=closest(name, known))

@@ -44,7 +44,7 @@ FEW, MANY = 10, 200
 SHORT, LONG = 64, 256
 """Slices of the volumes whose times are compared."""
 
-COMPARED = 6
+COMPARED = 2
 """Test volumes whose masks from both encoders are compared."""
 
 PATIENCE = 900.0
@@ -77,7 +77,8 @@ def figures(shared: Path, folder: Path) -> Iterator[Figure]:
         shared: the data sets.
         folder: for studies and models; what is in it is made anew.
     """
-    data, size = shared / "hippocampus_mr", f"{FEW} -> {MANY} volumes"
+    data, folder = (shared / "hippocampus_mr").resolve(), folder.resolve()  # programs start elsewhere
+    size = f"{FEW} -> {MANY} volumes"
     yield Figure(f"memory of a training, {size}", "", 1.1, lambda: _memory("train", data, folder))
     yield Figure(f"memory of encoding ahead, {size}", "", 1.1, lambda: _memory("embed", data, folder))
     yield Figure("server start to the first answer", "s", 15.0, lambda: _server_start(data, folder))

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from samadapt.heads.autosam import AutoSamCnn, AutoSamLinear, AutoSamVit
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
+from samadapt.heads.unet import UNetHead
+from samadapt.heads.widened import WidenedHead
 
-__all__ = ["Head", "HeadConfig", "SamDecoderHead", "SamHead", "from_dict"]
+__all__ = [
+    "AutoSamCnn",
+    "AutoSamLinear",
+    "AutoSamVit",
+    "Head",
+    "HeadConfig",
+    "SamDecoderHead",
+    "SamHead",
+    "UNetHead",
+    "WidenedHead",
+    "from_dict",
+]
 
-_KINDS: dict[str, type[HeadConfig]] = {head.kind: head for head in (SamHead,)}
+_KINDS: dict[str, type[HeadConfig]] = {
+    head.kind: head for head in (SamHead, AutoSamVit, AutoSamCnn, AutoSamLinear, UNetHead, WidenedHead)
+}
 
 
 def from_dict(value: dict[str, Any]) -> HeadConfig:

@@ -24,6 +24,7 @@ from samadapt.recipes import Recipe
 from samadapt.training import checkpoint
 from samadapt.training.losses import class_loss, prompt_loss
 from samadapt.training.slices import Draw, PreparedCase, SliceSampler
+from samadapt.training.synthetic import SyntheticSlices
 from samadapt.training.tokens import TokenSource
 
 ROUNDS = 20
@@ -101,6 +102,7 @@ class Trainer:
         fingerprint: changes with anything that makes an old checkpoint useless.
         report: called often with ``Progress``; cheap.
         copies: see ``SliceSampler``; None takes the recipe's.
+        synthetic: see ``SliceSampler``.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Trainer:
         fingerprint: str,
         report: Callable[[Progress], None],
         copies: int | None = None,
+        synthetic: SyntheticSlices | None = None,
     ) -> None:
         recipe = model.info.recipe
         self._model = model
@@ -125,7 +128,7 @@ class Trainer:
         self._report = report
         size = model.info.image_size
         self._sampler = SliceSampler(
-            training, size, recipe.batch_size, recipe.seed, recipe.copies if copies is None else copies
+            training, size, recipe.batch_size, recipe.seed, recipe.copies if copies is None else copies, synthetic
         )
         self._tokens = TokenSource(model, self._sampler, cache)
         self._parameters = {name: p for name, p in model.trainable().items() if p.requires_grad}

@@ -25,11 +25,13 @@ from samadapt.data.window import Window, choose_window
 from samadapt.errors import SamAdaptError, StateError
 from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
+from samadapt.recipes import Recipe
 from samadapt.training import preview
 from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.slices import PreparedCase, prepare, read_case
+from samadapt.training.synthetic import SyntheticSlices
 
 CPU_IMAGE_SIZE = 128
 """Largest automatic image size without a GPU, in pixels: beyond it a training of minutes sees too few slices."""
@@ -74,7 +76,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What the training cases decide: the window, and the size of the model frame."""
 
     window: Window
@@ -147,13 +149,18 @@ class _Training:
         prepared = self._prepare(model)
         learning, checking = prepared[: len(self._training)], prepared[len(self._training) :]
         _refuse_empty(learning, self._labels)
+        synthetic = _synthetic(learning, model.info.recipe)
         remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
+        if synthetic and synthetic.remark:
+            remarks.append(synthetic.remark)
         for remark in remarks:
             self._log.phase(remark)
         budget = Budget(self._config.max_train_minutes * 60, self._config.max_steps)
         fingerprint = _fingerprint(prepared, model)
         folder = self._project.training
-        trainer = Trainer(model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step)
+        trainer = Trainer(
+            model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step, synthetic=synthetic
+        )
         if self._wants_preview(model, budget) and not trainer.resumable():
             self._preview(model, learning, checking)
         done = trainer.run()
@@ -173,7 +180,7 @@ class _Training:
         """What training starts from: the published model, if it was built as this one is, else an untrained one."""
         config = self._config
         recipe = recipes.configured(config)
-        plan = _plan(self._training, self._labels, config)
+        plan = make_plan(self._training, self._labels, config)
         model = recipes.build(recipe, self._labels, config.backbone, config.weights, plan.image_size)
         model.describe(window=plan.window, context=recipe.context)
         start = _starting_point(self._project, model)
@@ -291,7 +298,7 @@ def _alone(project: Project) -> Iterator[None]:
         lock.release()
 
 
-def _plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> _Plan:
+def make_plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> Plan:
     """Read every training case once, one at a time, to choose the window and the image size."""
     sides: list[int] = []
 
@@ -302,7 +309,7 @@ def _plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> _Plan:
             yield volume, mask
 
     window = _window(pairs())
-    return _Plan(window, config.image_size or _image_size(max(sides), config.backbone))
+    return Plan(window, config.image_size or _image_size(max(sides), config.backbone))
 
 
 def _window(pairs: Any) -> Window:
@@ -353,6 +360,10 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
             f"none of the {len(training)} training cases shows any of {', '.join(labels.names)}",
             remedy="Check the names that the labels were submitted with, or set --conf labels.",
         )
+
+
+def _synthetic(training: Sequence[PreparedCase], recipe: Recipe) -> SyntheticSlices | None:
+    return SyntheticSlices(training, recipe.seed) if recipe.synthesis == "exemplar" else None
 
 
 def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:

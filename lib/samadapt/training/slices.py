@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ from samadapt.data.window import Window
 from samadapt.errors import InputError
 from samadapt.files import atomic_path, write_json
 
-PREPARED = 1
+if TYPE_CHECKING:
+    from samadapt.training.synthetic import SyntheticSlices
+
+PREPARED = 2
 """Version of how slices are prepared and kept on disk: raise it with any change, and old ones are made anew."""
 
 ANY_SLICE = 0.2
@@ -52,6 +56,7 @@ class PreparedCase:
         images: uint8 (N,C,S,S); ``LEVELS`` is 1.0.
         labels: uint8 (N,S,S) model label indices.
         slices_of: class index -> indices of the slices that show it.
+        areas: class index -> its pixels in each of these.
         context: see ``ModelInfo.context``.
         remark: what was odd about the names in its label; empty where all fitted.
         view_key: see ``samadapt.data.view.view_key``; unlike ``key`` it stays when the label is changed.
@@ -63,6 +68,7 @@ class PreparedCase:
     images: np.ndarray
     labels: np.ndarray
     slices_of: dict[int, list[int]]
+    areas: dict[int, list[int]]
     context: int
     remark: str
 
@@ -81,6 +87,10 @@ class PreparedCase:
     def label(self, index: int) -> Tensor:
         """(S,S) int64."""
         return torch.from_numpy(np.array(self.labels[index])).long()
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """``image`` and ``label`` of one slice."""
+        return self.image(index), self.label(index)
 
 
 def prepare(
@@ -113,12 +123,12 @@ class Draw:
     """One slice of a batch.
 
     Attributes:
-        case: where it is from.
+        case: where it is from; a bank of synthetic slices is drawn from like a case.
         index: which slice.
         copy: which of its augmented copies; None is the slice as it is.
     """
 
-    case: PreparedCase
+    case: PreparedCase | SyntheticSlices
     index: int
     copy: int | None
 
@@ -133,19 +143,27 @@ class SliceSampler:
         seed: of all draws.
         copies: augmented copies of each slice that there are to draw from; by default practically endless, and 0 draws
             the slices as they are.
+        synthetic: slices to draw beside those of the cases. Each has one augmented copy, as it is new already.
 
     Attributes:
         seed: as given.
     """
 
     def __init__(
-        self, cases: Sequence[PreparedCase], size: int, batch_size: int, seed: int, copies: int = 2**31
+        self,
+        cases: Sequence[PreparedCase],
+        size: int,
+        batch_size: int,
+        seed: int,
+        copies: int = 2**31,
+        synthetic: SyntheticSlices | None = None,
     ) -> None:
         self._cases = cases
         self._augment = Augmentation(size)
         self._batch_size = batch_size
         self.seed = seed
         self._copies = copies
+        self._synthetic = synthetic
         self._classes = sorted({label for case in cases for label in case.slices_of})
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -159,13 +177,16 @@ class SliceSampler:
 
     def load(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Image (3,S,S) and label (S,S) of a draw; the same draw is the same image, always."""
-        image, label = draw.case.image(draw.index), draw.case.label(draw.index)
+        image, label = draw.case.pair(draw.index)
         if draw.copy is None:
             return image, label
         name = f"{self.seed} {draw.case.view_key} {draw.index} {draw.copy}"
         return self._augment(image, label, seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
 
     def _draw(self, random: np.random.Generator) -> Draw:
+        bank = self._synthetic
+        if bank is not None and random.random() < bank.share:
+            return Draw(bank, int(random.integers(len(bank))), 0 if self._copies else None)
         cases, label = self._cases, None
         if self._classes and random.random() >= ANY_SLICE:
             label = self._classes[random.integers(len(self._classes))]
@@ -204,6 +225,7 @@ def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) 
         "case": case.id,
         "remark": "" if report.clean else str(report),
         "slices_of": shown,
+        "areas": {label: [int((frames[i] == label).sum()) for i in indices] for label, indices in shown.items()},
         "digest": volume.digest,
         "axis": view.axis,
     }
@@ -215,8 +237,10 @@ def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> 
     seen = view_key(record["digest"], window, context, size, record["axis"])
     images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
     labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
-    slices_of = {int(label): indices for label, indices in record["slices_of"].items()}
-    return PreparedCase(case_id, stem.name, seen, images, labels, slices_of, context, record["remark"])
+    slices_of, areas = (
+        {int(label): numbers for label, numbers in record[name].items()} for name in ("slices_of", "areas")
+    )
+    return PreparedCase(case_id, stem.name, seen, images, labels, slices_of, areas, context, record["remark"])
 
 
 def _save(path: Path, array: np.ndarray) -> None:
