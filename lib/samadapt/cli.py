@@ -388,6 +388,76 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
 
 
 @app.command()
+def compare(
+    studies: Studies,
+    recipes: Annotated[
+        str, typer.Option(help="Recipes; and U-Nets of their own loop: unet (2D or 3D by the data), unet_2d, unet_3d.")
+    ],
+    labels: Annotated[
+        str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
+    ] = None,
+    cases: Annotated[str, typer.Option(help="Numbers of labelled cases to learn from.")] = "1,4,8",
+    seeds: Annotated[str, typer.Option(help="Of the choice of labelled cases and of the training.")] = "0,1",
+    test: Annotated[int, typer.Option(min=1, help="Test cases, of other patients than all labelled ones.")] = 10,
+    minutes: Annotated[float, typer.Option(min=0.05, max=1440, help="Training time of every run.")] = 1.0,
+    image_size: Annotated[str, typer.Option(help="Model input in pixels, or 'auto'.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the report and all results.")] = Path("comparison"),
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Train recipes on the same cases for the same time; write a report. Stop and go on whenever you like."""
+    given = _settings(conf)
+    if taken := sorted(given.keys() & {"recipe", "labels", "seed", "max_train_minutes", "image_size"}):
+        raise ConfigError(
+            f"{taken[0]!r} has an option of its own", where="--conf", remedy="See samadapt compare --help."
+        )
+    # Time alone is the budget, unless --conf max_steps says otherwise.
+    settings = {"max_steps": str(10**6), **given, "max_train_minutes": f"{minutes:g}", "image_size": image_size}
+    found, project = _open(studies)
+    label_map = _label_map(studies, found, project, AppConfig.from_strings({"labels": labels} if labels else {}).labels)
+    from samadapt.evaluation import compare as comparing
+
+    comparison = comparing.Comparison(
+        studies,
+        label_map,
+        tuple(_words(recipes)),
+        _whole_numbers(cases, "--cases"),
+        _whole_numbers(seeds, "--seeds"),
+        test,
+        settings,
+    )
+    with terminal(as_json=as_json) as out:
+        with out.bar("drawing the cases") as update:
+            report = comparing.compare(
+                comparison,
+                output,
+                lambda text, done, total: update(description=text, completed=done, total=total),
+            )
+        rows = [
+            [row.recipe, str(row.labelled), figure(row.scores.dice.mean), figure(row.scores.hd95.mean, 1)]
+            for row in report.rows
+        ]
+        shown = table(f"Means of {test} test cases", ["recipe", "labelled", "Dice", "HD95 mm"], rows)
+        failures = [
+            f"failed: {f['recipe']}, {f['labelled']} labelled, seed {f['seed']}: {f['why']}" for f in report.failed
+        ]
+        out.result(report, shown, "\n".join([str(report.page), *failures]))
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    words = _words(text)
+    if wrong := [word for word in words if not word.isdecimal()]:
+        raise ConfigError(f"{wrong[0]!r} is no whole number", where=option, remedy=f"Write {option} 1,4,8.")
+    return tuple(sorted({int(word) for word in words}))
+
+
+@app.command()
 def recipes(
     backbone: Annotated[
         str, typer.Option(help="Count the parameters with this backbone, where the recipe has none of its own.")

@@ -69,6 +69,10 @@ def _context(text: str) -> int | None:
     return None if text == "auto" else _number(0, 1)(text)
 
 
+def _seed(text: str) -> int | None:
+    return None if text == "auto" else _number(0, 2**31 - 1)(text)
+
+
 def _synthesis(text: str) -> str | None:
     return None if text == "auto" else _one_of(lambda: SYNTHESES)(text)
 
@@ -151,6 +155,11 @@ class AppConfig:
     max_steps: int = field(
         default=1000,
         metadata=_about("training stops after so many optimiser steps, if the time has not run out", _number(1, 10**6)),
+    )
+
+    seed: int | None = field(
+        default=None,
+        metadata=_about("of all randomness of a training: a whole number, or 'auto' (the recipe's)", _seed),
     )
 
     cache_gib: float = field(

@@ -272,7 +272,7 @@ def _study_reference(recipe: Recipe) -> Recipe:
 
 
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks, context and synthesis, where it sets them.
+    """The recipe of ``config`` with its blocks, context, synthesis and seed, where it sets them.
 
     Raises:
         ConfigError: the recipe adapts no blocks.
@@ -280,6 +280,8 @@ def configured(config: AppConfig) -> Recipe:
     recipe = get(config.recipe)
     if config.context is not None:
         recipe = replace(recipe, context=config.context)
+    if config.seed is not None:
+        recipe = replace(recipe, seed=config.seed)
     if config.synthesis is not None:
         recipe = replace(recipe, synthesis=config.synthesis)
     if config.blocks is not None:

@@ -11,6 +11,7 @@ from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.errors import InputError
 from samadapt.evaluation import bench, bench_report
+from samadapt.evaluation.records import machine
 
 
 def case(name, patient, path, labelled=True):
@@ -44,24 +45,24 @@ def test_a_later_run_measures_only_what_is_missing(tmp_path):
         calls.append(1)
         return {"seconds": len(calls)}
 
-    first = bench.Records(path).measure("acdc/ours", {"minutes": 4}, run)
-    resumed = bench.Records(path)
+    first = bench.Records(path, "bench").measure("acdc/ours", {"minutes": 4}, run)
+    resumed = bench.Records(path, "bench")
     assert resumed.measure("acdc/ours", {"minutes": 4}, run) == first
     assert len(calls) == 1
     assert resumed.measure("acdc/ours", {"minutes": 5}, run)["seconds"] == 2
     resumed.measure("busi/ours", {}, run)
-    again = bench.Records(path, forget=["acdc"])
+    again = bench.Records(path, "bench", forget=["acdc"])
     assert again.get("acdc/ours") is None
     assert again.get("busi/ours")["seconds"] == 3
-    machine = json.loads(path.read_text())["machine"]
-    assert machine["cpu"]
-    assert machine["cores"] >= 1
+    measured_on = json.loads(path.read_text())["machine"]
+    assert measured_on["cpu"]
+    assert measured_on["cores"] >= 1
 
 
 def test_a_broken_results_file_is_named(tmp_path):
     (tmp_path / "bench.json").write_text("{")
-    with pytest.raises(InputError, match=r"bench\.json: not a file of bench results"):
-        bench.Records(tmp_path / "bench.json")
+    with pytest.raises(InputError, match=r"bench\.json: not a file of results"):
+        bench.Records(tmp_path / "bench.json", "bench")
 
 
 @pytest.mark.parametrize("words", [["--only", "acdc,brats"], ["--minutes", "0"], ["--minutes", "x"]])
@@ -101,7 +102,7 @@ def test_clicks_are_measured_with_the_plain_and_with_the_adapted_model(tmp_path,
     monkeypatch.setattr(bench.recipes, "build", lambda *_: model("plain"))
     monkeypatch.setattr(bench.AdaptedModel, "load", lambda path: model(path.name))
     monkeypatch.setattr(bench, "CLICKED_CASES", 2)
-    records = bench.Records(tmp_path / "bench.json")
+    records = bench.Records(tmp_path / "bench.json", "bench")
     bench.run_clicks(bench.TARGETS[0], tmp_path, tmp_path, records)
     assert "no adapted model of acdc yet" in capsys.readouterr().err
     records.measure("acdc/ours", {}, lambda: {"model": "v0001.safetensors"})
@@ -122,7 +123,7 @@ def test_page_and_pictures_come_from_the_results_alone(tmp_path):
     ours = {"backbone": "lite_medsam", "image_size": 128, "trained_on": ["a"], "chosen_on": ["b"]}
     unet = {"input": [256, 256], "parameters": 1_600_000, "trained_on": ["a", "b"]}
     value = {
-        "machine": bench.machine(),
+        "machine": machine(),
         "results": {
             "acdc/untrained": {"settings": settings, "cases": nothing},
             "acdc/ours": {"settings": settings, "cases": scores, "seconds": 240.0, "steps": 99, **ours},

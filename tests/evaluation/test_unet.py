@@ -7,6 +7,7 @@ from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume
 from samadapt.data.window import PER_CASE
+from samadapt.errors import InputError
 from samadapt.evaluation import unet
 from samadapt.evaluation.metrics import dice
 from samadapt.training.slices import read_case
@@ -37,6 +38,16 @@ def test_geometry_decides_between_2d_and_3d(shapes, spacing, expected):
 
 def test_colour_is_2d():
     assert unet.Plan.of([geometry((40, 40, 40))], colour=True).dimensions == 2
+
+
+def test_dimensions_can_be_told_unless_there_are_no_three():
+    deep, shallow = geometry((40, 40, 40)), geometry((100, 90, 10), (1, 1, 8))
+    assert unet.Plan.with_dimensions(2, [deep]).shape == (128, 128)
+    assert unet.Plan.with_dimensions(3, [shallow]).shape == (64, 64, 16)
+    with pytest.raises(InputError, match="several slices"):
+        unet.Plan.with_dimensions(3, [geometry((100, 90, 1))])
+    with pytest.raises(InputError, match="grey"):
+        unet.Plan.with_dimensions(3, [deep], colour=True)
 
 
 @pytest.fixture

@@ -15,12 +15,7 @@ Everything measured goes to ``bench.json`` as soon as it is known; a later call 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
-import random
-import shlex
 import shutil
 import sys
 import time
@@ -30,11 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 from tqdm import tqdm
 
-from samadapt import __version__, recipes
+from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
@@ -43,8 +36,9 @@ from samadapt.errors import ConfigError, InputError, SamAdaptError
 from samadapt.evaluation import bench_report, growth, speed
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.metrics import dice
+from samadapt.evaluation.records import Records
+from samadapt.evaluation.split import Split, split_by_patient
 from samadapt.evaluation.unet import train_unet
-from samadapt.files import write_json
 from samadapt.inference.auto import segment
 from samadapt.memory import keep_freed_memory
 from samadapt.model import AdaptedModel
@@ -52,9 +46,6 @@ from samadapt.project import Project
 from samadapt.training import train
 from samadapt.training.loop import ROUNDS
 from samadapt.training.slices import read_case
-
-SEED = 0
-"""Of the split; never chosen by its outcome."""
 
 MERGED = "all as one"
 """Name under which the Dice of all classes together is kept, beside the classes' own."""
@@ -127,88 +118,6 @@ TARGETS = [
     Target("hippocampus", SETS["hippocampus"].folder, SETS["hippocampus"].labels, "anterior"),
     Target("spleen", "spleen_ct_crop", LabelMap(("spleen",)), "spleen"),
 ]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled cases for the training, and test cases of other patients."""
-
-    training: list[Case]
-    testing: list[Case]
-
-
-def split_by_patient(cases: Sequence[Case], training: int, testing: int, seed: int = SEED) -> Split:
-    """Draw ``training`` and ``testing`` patients; a case whose patient is unknown is a patient of its own.
-
-    Raises:
-        InputError: there are fewer labelled patients than that.
-    """
-    groups: dict[str, list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.id):
-        if case.label is not None:
-            groups.setdefault(case.patient or f"case {case.id}", []).append(case)
-    if len(groups) < training + testing:
-        raise InputError(f"{len(groups)} labelled patients, where {training} + {testing} are needed")
-    order = random.Random(seed).sample(sorted(groups), training + testing)
-    drawn = [
-        sorted((case for patient in part for case in groups[patient]), key=lambda case: case.id)
-        for part in (order[:training], order[training:])
-    ]
-    return Split(drawn[0], drawn[1])
-
-
-class Records:
-    """The JSON file of all results: one record per measured step, kept with the settings that it depends on.
-
-    Args:
-        path: the file; created by the first result.
-        forget: results whose key starts with one of these are measured again.
-
-    Raises:
-        InputError: the file is not such a record.
-    """
-
-    def __init__(self, path: Path, forget: Sequence[str] = ()) -> None:
-        self._path = path
-        self.value: dict[str, Any] = {"machine": {}, "results": {}}
-        if path.is_file():
-            try:
-                self.value = json.loads(path.read_text(encoding="utf-8"))
-                results = self.value["results"].items()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError("not a file of bench results", where=path, remedy="Remove it.") from error
-            kept = {key: record for key, record in results if key.split("/")[0] not in forget}
-            self.value["results"] = kept
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The result of a step, None where it was not measured."""
-        return self.value["results"].get(key)
-
-    def measure(self, key: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The kept result of ``key`` if it was measured with the same settings, else that of ``run()``."""
-        kept = self.get(key)
-        if kept is not None and kept["settings"] == settings:
-            return kept
-        load = os.getloadavg()[0]
-        record = {"settings": settings, **run(), "load_before": round(load, 1), "command": _command(), "date": _now()}
-        self.value["machine"] = machine()
-        self.value["results"][key] = record
-        write_json(self._path, self.value)
-        return record
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "samadapt": __version__,
-    }
 
 
 def run_set(bench_set: DataSet, shared: Path, minutes: float, output: Path, records: Records) -> None:
@@ -367,23 +276,6 @@ def _ids(cases: Sequence[Case]) -> list[str]:
     return [case.id for case in cases]
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "samadapt.evaluation.bench", *sys.argv[1:]])
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def _parts(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if unknown := [part for part in parts if part not in PARTS]:
@@ -421,7 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if not options.shared.is_dir():
         raise ConfigError("no such folder", where=options.shared, remedy="Name the data sets' folder with --shared.")
-    records = Records(options.output / "bench.json", options.only if options.again else ())
+    forget = options.only if options.again else ()
+    records = Records(options.output / "bench.json", "python -m samadapt.evaluation.bench", forget)
     for key in options.only:
         print(f"{key}:", flush=True)
         if key == CLICKS:

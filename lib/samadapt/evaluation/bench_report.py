@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from samadapt.data.cases import Case
-from samadapt.data.geometry import turn_to_lps
 from samadapt.data.labels import LabelMap
-from samadapt.data.slices import take_slice
-from samadapt.data.volume import read_label
-from samadapt.data.window import default_window
 from samadapt.evaluation.click_simulation import median_by_click
 from samadapt.evaluation.metrics import mean, mean_by_class
+from samadapt.evaluation.pictures import colour, widest_slice_of
+from samadapt.evaluation.records import describe_machine
 from samadapt.files import atomic_path
-from samadapt.training.slices import read_case
 
 PAGE = "bench.md"
 CLICKS_PICTURE = "clicks.png"
@@ -42,7 +38,7 @@ def write(value: Mapping[str, Any], output: Path) -> None:
     """
     results = value["results"]
     sets = dict.fromkeys(key.split("/")[0] for key in results if not key.startswith(("clicks/", "speed/", "growth/")))
-    parts = [_machine(value["machine"]), *(_set(name, results) for name in sets)]
+    parts = [describe_machine(value["machine"]), *(_set(name, results) for name in sets)]
     clicks = {key.removeprefix("clicks/"): record for key, record in results.items() if key.startswith("clicks/")}
     if clicks:
         parts.append(_clicks(clicks))
@@ -114,23 +110,13 @@ def overlay(
         for axis, (title, image, mask) in zip(row, panels, strict=True):
             _show(axis, title, image, mask)
         row[0].set_ylabel(f"{case.id}\nours {scores[case.id]:.2f}")
-    patches = [Patch(color=_colour(n), label=name) for n, name in enumerate(labels.names, start=1)]
+    patches = [Patch(color=colour(n), label=name) for n, name in enumerate(labels.names, start=1)]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     _save(figure, path)
 
 
 def _panels(case: Case, labels: LabelMap, folder: Path) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
-    volume, truth, _ = read_case(case, labels)
-    turn = turn_to_lps(volume.geometry)
-    axis = turn.turned.acquisition_axis
-    masks = [truth, *(read_label(folder / name / f"{case.id}.nii.gz") for name in ("ours", "unet"))]
-    upright = [turn.forward(mask) for mask in masks]
-    areas = np.moveaxis(upright[0] > 0, axis, 0).sum(axis=(1, 2))
-    index = int(areas.argmax())
-    channels = turn.forward(default_window(volume).apply(volume.array))
-    image = np.stack([take_slice(channel, axis, index) for channel in channels], axis=-1)
-    image = np.broadcast_to(image, (*image.shape[:2], 3))
-    shown = [take_slice(mask, axis, index) for mask in upright]
+    image, shown = widest_slice_of(case, labels, [folder / name / f"{case.id}.nii.gz" for name in ("ours", "unet")])
     titles = ("image", "truth", "samadapt", "U-Net from scratch")
     return list(zip(titles, [image] * 4, [None, *shown], strict=True))
 
@@ -140,21 +126,11 @@ def _show(axis: Axes, title: str, image: np.ndarray, mask: np.ndarray | None) ->
     if mask is not None:
         colours = np.zeros((*mask.shape, 4))
         for label in np.unique(mask[mask > 0]):
-            colours[mask == label] = (*_colour(int(label)), 0.5)
+            colours[mask == label] = (*colour(int(label)), 0.5)
         axis.imshow(colours, interpolation="nearest")
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
-
-
-def _colour(label: int) -> tuple[float, float, float]:
-    return colormaps["tab10"]((label - 1) % 10)[:3]
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, no GPU"
-    software = f"torch {machine['torch']} on {machine['threads']} threads, Python {machine['python']}"
-    return f"Measured on {device}, {machine['memory_gib']} GiB, {software}, samadapt {machine['samadapt']}."
 
 
 def _set(name: str, results: Mapping[str, Any]) -> str:
@@ -220,9 +196,9 @@ def _draw_clicks(clicks: Mapping[str, Any], path: Path) -> None:
         name, model = key.split("/")
         values = median_dice(record)
         style = "--" if model == "plain" else "-"
-        colour = _colour(names.index(name) + 1)
+        shade = colour(names.index(name) + 1)
         label = f"{name}, {record['object']}: {model}"
-        axis.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", label=label)
+        axis.plot(range(1, len(values) + 1), values, style, color=shade, marker="o", label=label)
     axis.set(xlabel="clicks", ylabel="median Dice", ylim=(0, 1))
     axis.set_xticks(range(1, 1 + max(len(median_dice(record)) for record in clicks.values())))
     axis.grid(alpha=0.3)

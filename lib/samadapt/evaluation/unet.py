@@ -39,7 +39,7 @@ from samadapt.data.slices import put_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window
-from samadapt.errors import StateError
+from samadapt.errors import InputError, StateError
 from samadapt.training.slices import SliceSampler, prepare, read_case
 
 NEAR_CUBIC = 2.0
@@ -79,10 +79,21 @@ class Plan:
     def of(cls, geometries: Sequence[Geometry], colour: bool = False) -> Plan:
         """3D where every volume is deep enough and its voxels are nearly cubes, else 2D."""
         cubic = all(max(g.spacing) <= NEAR_CUBIC * min(g.spacing) and min(g.shape) >= SHALLOWEST for g in geometries)
-        if cubic and not colour:
-            sides = np.max([g.shape for g in geometries], axis=0)
-            return cls(tuple(min(LARGEST_PATCH, -(-int(side) // 8) * 8) for side in sides))
-        return cls((FRAME_SIZE, FRAME_SIZE))
+        return cls.with_dimensions(3 if cubic and not colour else 2, geometries, colour)
+
+    @classmethod
+    def with_dimensions(cls, dimensions: int, geometries: Sequence[Geometry], colour: bool = False) -> Plan:
+        """2D or 3D as told, whatever suits the geometry.
+
+        Raises:
+            InputError: 3D, where there are colours or single slices.
+        """
+        if dimensions == 2:
+            return cls((FRAME_SIZE, FRAME_SIZE))
+        if colour or any(min(g.shape) < 2 for g in geometries):
+            raise InputError("a 3D network learns from grey volumes of several slices", remedy="Choose the 2D one.")
+        sides = np.max([g.shape for g in geometries], axis=0)
+        return cls(tuple(min(LARGEST_PATCH, -(-int(side) // 8) * 8) for side in sides))
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,10 @@ class TrainedUNet:
         """Number of weights."""
         return sum(p.numel() for p in self.network.parameters())
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
     @torch.inference_mode()
     def segment(self, volume: Volume) -> np.ndarray:
         """uint8 (I,J,K) label indices on the volume's own grid."""
@@ -119,15 +134,16 @@ class TrainedUNet:
         view = ModelView(volume, self.window, self.context, self.plan.shape[0])
         result = np.zeros(view.turn.turned.shape, dtype=np.uint8)
         for index in range(len(view)):
-            logits = self.network(view.image(index)[None])[0]
+            logits = self.network(view.image(index)[None].to(self._device))[0].cpu()
             put_slice(result, view.axis, index, view.frame.logits_to_native(logits).argmax(dim=0).numpy())
         return np.ascontiguousarray(view.turn.back(result))
 
     def _segment_volume(self, volume: Volume) -> np.ndarray:
         turn = turn_to_lps(volume.geometry)
         image = _tensor(self.window.apply(turn.forward(volume.array)))
-        logits = sliding_window_inference(image[None], self.plan.shape, 1, self.network, overlap=0.5, mode="gaussian")
-        return np.ascontiguousarray(turn.back(logits[0].argmax(dim=0).numpy().astype(np.uint8)))
+        batch = image[None].to(self._device)
+        logits = sliding_window_inference(batch, self.plan.shape, 1, self.network, overlap=0.5, mode="gaussian")
+        return np.ascontiguousarray(turn.back(logits[0].argmax(dim=0).cpu().numpy().astype(np.uint8)))
 
 
 def train_unet(
@@ -139,6 +155,7 @@ def train_unet(
     context: int = 1,
     seed: int = 0,
     progress: Callable[[float, int, float], None] | None = None,
+    dimensions: int | None = None,
 ) -> TrainedUNet:
     """Train on every one of ``cases`` for ``seconds`` of wall-clock time (reading the cases is not counted).
 
@@ -151,13 +168,15 @@ def train_unet(
         context: neighbouring slices as channels, for a 2D network.
         seed: of weights, batches and augmentation.
         progress: called after each step with (seconds used, steps done, loss).
+        dimensions: 2 or 3; None chooses by the geometry.
 
     Raises:
-        InputError: a case that cannot be read.
+        InputError: a case that cannot be read, or that has no third dimension to learn from.
         StateError: the loss is no longer a number.
     """
     volumes = [read_case(case, labels)[0] for case in cases]
-    plan = Plan.of([volume.geometry for volume in volumes], any(volume.is_colour for volume in volumes))
+    geometries, colour = [volume.geometry for volume in volumes], any(volume.is_colour for volume in volumes)
+    plan = Plan.with_dimensions(dimensions, geometries, colour) if dimensions else Plan.of(geometries, colour)
     torch.manual_seed(seed)
     batches: Iterator[tuple[Tensor, Tensor]]
     if plan.dimensions == 2:
@@ -176,6 +195,7 @@ def train_unet(
             norm=(Norm.INSTANCE, {"affine": True}),
         )
         batches = _crops(cases, labels, window, plan, seed)
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     steps, used = _fit(network, batches, seconds, progress)
     return TrainedUNet(network.eval(), plan, window, context, steps, used)
 
@@ -189,12 +209,13 @@ def _fit(
     """Train in place until the time is up; (steps, seconds used)."""
     loss_of = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    device = next(network.parameters()).device
     started, steps, used = time.monotonic(), 0, 0.0
     network.train()
     while used < seconds:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(used / seconds)
-        images, masks = next(batches)
+        images, masks = (part.to(device) for part in next(batches))
         loss = loss_of(network(images), masks[:, None])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,110 @@
+"""Results of long measurements in one JSON file that grows with every step, so that a later call goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from samadapt import __version__
+from samadapt.errors import InputError
+from samadapt.files import write_json
+
+
+class Records:
+    """The JSON file of all results: one record per measured step, kept with the settings that it depends on.
+
+    Args:
+        path: the file; created by the first result.
+        program: what measures, as people type it; kept with every record, followed by its arguments.
+        forget: results whose key starts with one of these are measured again.
+
+    Attributes:
+        value: content of the file.
+
+    Raises:
+        InputError: the file is not such a record.
+    """
+
+    def __init__(self, path: Path, program: str, forget: Sequence[str] = ()) -> None:
+        self._path = path
+        self._program = program
+        self.value: dict[str, Any] = {"machine": {}, "results": {}}
+        if path.is_file():
+            try:
+                self.value = json.loads(path.read_text(encoding="utf-8"))
+                results = self.value["results"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError("not a file of results", where=path, remedy="Remove it.") from error
+            kept = {key: record for key, record in results if key.split("/")[0] not in forget}
+            self.value["results"] = kept
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The result of a step, None where it was not measured."""
+        return self.value["results"].get(key)
+
+    def kept(self, key: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of a step that was measured with the same settings and did not fail, else None."""
+        record = self.get(key)
+        same = record is not None and record["settings"] == settings and "failed" not in record
+        return record if same else None
+
+    def measure(self, key: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The kept result of ``key`` if it was measured with the same settings, else that of ``run()``.
+
+        A result with the key ``failed`` says why there is none; it is kept to be read, and measured again.
+        """
+        kept = self.kept(key, settings)
+        if kept is not None:
+            return kept
+        load = os.getloadavg()[0]
+        record = {
+            "settings": settings,
+            **run(),
+            "load_before": round(load, 1),
+            "command": shlex.join([*shlex.split(self._program), *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.value["machine"] = machine()
+        self.value["results"][key] = record
+        write_json(self._path, self.value)
+        return record
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "samadapt": __version__,
+    }
+
+
+def describe_machine(machine: Mapping[str, Any]) -> str:
+    """What ``machine`` gave, as one sentence."""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, no GPU"
+    software = f"torch {machine['torch']} on {machine['threads']} threads, Python {machine['python']}"
+    return f"Measured on {device}, {machine['memory_gib']} GiB, {software}, samadapt {machine['samadapt']}."
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
