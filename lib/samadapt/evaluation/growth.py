@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from samadapt.data.slices import take_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.errors import StateError
+from samadapt.evaluation.apart import run_apart
 from samadapt.evaluation.metrics import mean
 from samadapt.evaluation.speed import reference_lite_medsam
 from samadapt.inference.auto import segment
@@ -95,18 +95,17 @@ def _memory(command: str, data: Path, folder: Path) -> dict[str, Any]:
     """Largest resident size of ``samadapt train`` or ``embed`` on many volumes, in parts of that on a few."""
     words = {"train": ["--labels", ",".join(LABELS.names), "--conf", "max_steps=20"], "embed": []}[command]
     words += ["--conf", "image_size=64"]
-    few, many = (_peak_gib([command, str(_studies(data, folder / command, n, n)), *words]) for n in (FEW, MANY))
+    log = folder / f"{command}.log"
+    few, many = (_peak_gib([command, str(_studies(data, folder / command, n, n)), *words], log) for n in (FEW, MANY))
     return {"value": many / few, "gib_few": round(few, 3), "gib_many": round(many, 3)}
 
 
-def _peak_gib(words: list[str]) -> float:
+def _peak_gib(words: list[str], log: Path) -> float:
     """Largest resident size of one run of the command line."""
-    process = subprocess.Popen([sys.executable, "-m", "samadapt", *words, "--json"], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise StateError(f"samadapt {' '.join(words)} ended with {process.returncode}")
-    return usage.ru_maxrss / 2**20
+    ended = run_apart([sys.executable, "-m", "samadapt", *words], log, lambda: None)
+    if ended.code:
+        raise StateError(f"samadapt {' '.join(words)}: {ended.reason}", where=log)
+    return ended.peak_gib
 
 
 def _studies(data: Path, folder: Path, images: int, labelled: int) -> Path:
@@ -140,8 +139,8 @@ def _waits(data: Path, folder: Path) -> tuple[float, float]:
     """
     studies = _studies(data, folder / "waits", 20, 7)
     words = [str(studies), "--labels", ",".join(LABELS.names), "--conf", "max_train_minutes=2"]
-    _peak_gib(["train", *words])
-    _peak_gib(["embed", str(studies)])
+    _peak_gib(["train", *words], folder / "before.log")
+    _peak_gib(["embed", str(studies)], folder / "before.log")
     last = sorted((data / "images").glob("*.nii.gz"))[7].name
     shutil.copyfile(data / "labels" / last, studies / "labels" / "final" / last)
     with _server(studies, {"labels": ",".join(LABELS.names)}) as url:
