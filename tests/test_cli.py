@@ -215,3 +215,12 @@ def test_recipes(run):
     found = json.loads(out)
     assert {"lora"} <= {recipe["name"] for recipe in found}
     assert all(0 < recipe["trainable_parameters"] < recipe["parameters"] for recipe in found)
+
+
+def test_parameter_counts_in_the_papers_form(run):
+    words = ("--backbone", "sam_vit_b", "--image-size", "256", "--classes", "3", "--reference")
+    code, out, _ = run("recipes", "--json", *words)
+    assert code == 0
+    counts = {recipe["name"]: recipe["trainable_parameters"] for recipe in json.loads(out)}
+    expected = {"s_sam": 444_672, "sam_lst": 2_856_737, "autosam_vit": 3_646_880, "autosam_cnn": 20_686_340}
+    assert expected.items() <= counts.items()

@@ -391,7 +391,8 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
 def compare(
     studies: Studies,
     recipes: Annotated[
-        str, typer.Option(help="Recipes; and U-Nets of their own loop: unet (2D or 3D by the data), unet_2d, unet_3d.")
+        str,
+        typer.Option(help="Recipes; and U-Nets of their own loop: unet_auto (2D or 3D by the data), unet_2d, unet_3d."),
     ],
     labels: Annotated[
         str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
@@ -474,7 +475,7 @@ def recipes(
 
     with terminal(as_json=as_json) as out:
         found: list[dict[str, Any]] = []
-        names = registry.names()
+        names = registry.papers() if reference else registry.names()
         with out.bar("counting") as update:
             for number, name in enumerate(names):
                 update(completed=number, total=len(names))

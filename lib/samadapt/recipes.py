@@ -209,6 +209,11 @@ def names() -> list[str]:
     return [name for name in _RECIPES if not name.startswith(_PEFT) or name in fitting]
 
 
+def papers() -> list[str]:
+    """Names of the recipes that a paper describes: those that have a form for reference."""
+    return [name for name in _RECIPES if not name.startswith(_PEFT) and name not in ("lora", "lora_late", "unet")]
+
+
 def get(name: str, **overrides: Any) -> Recipe:
     """The recipe of that name, with fields replaced.
 
@@ -295,7 +300,7 @@ def configured(config: AppConfig) -> Recipe:
 
 
 def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = None) -> dict[str, Any]:
-    """How many parameters a recipe trains; no weights are made.
+    """How many parameters a recipe trains. No weights are made, but for those of peft's tuners that look at them.
 
     Args:
         recipe: any.
@@ -313,9 +318,12 @@ def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = 
     from samadapt.backbones.registry import spec
 
     name = recipe.backbone or backbone
-    with torch.device("meta"):
-        base = backbones.build(name, image_size or spec(name).image_size)
-        model = build(recipe, [f"structure {n}" for n in range(classes)], base)
+    labels, size = [f"structure {n}" for n in range(classes)], image_size or spec(name).image_size
+    try:
+        with torch.device("meta"):
+            model = build(recipe, labels, backbones.build(name, size))
+    except ConfigError:
+        model = build(recipe, labels, backbones.build(name, size))
     sizes = {key: parameter.numel() for key, parameter in model.trainable().items()}
     trained, total = sum(sizes.values()), sum(parameter.numel() for parameter in model.parameters())
     return {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import peft
@@ -175,7 +177,13 @@ def _fits(tuner: str) -> bool:
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     before = module(x)
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        # Some print, or show bars of their own, while they are tried.
+        with (
+            torch.random.fork_rng(),
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             target = "1" if tuner == NORMS else "0"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 
 import torch
 from monai.networks.nets import BasicUNet
@@ -25,7 +27,8 @@ class UNet2D(Head):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.network = BasicUNet(2, 3, classes + 1, CHANNELS)
+        with redirect_stdout(StringIO()):  # MONAI prints the features of each network that it makes
+            self.network = BasicUNet(2, 3, classes + 1, CHANNELS)
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         """Images (B,3,S,S) in [0,1] -> (B,K+1,S,S) logits, background first."""
