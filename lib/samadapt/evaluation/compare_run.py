@@ -43,7 +43,7 @@ from samadapt.training.slices import read_case
 JOB, RESULT, MASKS = "job.json", "result.json", "masks"
 
 UNETS: dict[str, int | None] = {"unet_auto": None, "unet_2d": 2, "unet_3d": 3}
-"""Networks of ``samadapt.evaluation.unet``, compared beside recipes, with their dimensions; None: what suits the data."""
+"""Networks of ``samadapt.evaluation.unet`` that stand beside the recipes, with their dimensions; None: by the data."""
 
 _Segmenter = Callable[[Volume], np.ndarray]
 
