@@ -348,6 +348,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(studies, ba
         pretrain(find_cases(studies), tmp_path / "folder.safetensors", wanted(base, 1))
 
 
+def test_an_output_among_the_images_is_refused(studies, base):
+    before = sorted(studies.iterdir())
+    with pytest.raises(ConfigError, match="would count as one of the images"):
+        pretrain(find_cases(studies), studies / "w.safetensors", wanted(base, 1))
+    assert sorted(studies.iterdir()) == before
+
+
 def test_impossible_plans_are_refused(studies, base, output):
     with pytest.raises(ConfigError, match="unknown backbone 'sam'"):
         pretrain(find_cases(studies), output, wanted(base, 1, "sam"))

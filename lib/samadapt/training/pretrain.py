@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ from samadapt.files import atomic_path, sha256_of
 from samadapt.training import checkpoint, pretrain_picture
 from samadapt.training.loop import Budget
 from samadapt.training.masking import MaskedAutoencoder, draw_hidden, hide, reconstruction, reconstruction_loss
-from samadapt.training.pretrain_loop import SEED, PretrainTrainer, Report
-from samadapt.training.unlabelled import examples, prepare_images
+from samadapt.training.pretrain_loop import SEED, PretrainProgress, PretrainTrainer, Report
+from samadapt.training.unlabelled import PreparedImage, examples, prepare_images
 
 FORMAT = "samadapt-weights-1"
 
@@ -50,6 +50,7 @@ SHOWN = 4
 """Slices in the picture."""
 
 MINUTES = 30.0
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -133,77 +134,115 @@ def pretrain(
         note: told what people should know: images that cannot be used, a run that goes on.
 
     Raises:
-        ConfigError: an unknown backbone, an image size that it cannot take, another suffix than .safetensors.
+        ConfigError: an unknown backbone, an image size that it cannot take, another suffix than .safetensors, or
+            ``output`` beside the images.
         InputError: no image that can be read, or ``output`` cannot be written.
         WeightsError: the base weights are missing, broken, or those of another backbone.
         StateError: ``output`` or its unfinished run was made with other settings, another process writes it, or the
             loss is no longer a number.
     """
     report, note = report or _silent, note or _silent
-    output = _writable_name(output)
+    output = _writable_name(output, cases)
     base = weights_files.resolve(backbones.spec(wanted.backbone).source, wanted.weights)
     settings = _settings(wanted, base)
     _refuse_replacing(output, settings)
     with _workplace(output) as folder:
         if not output.is_file():
-            _make(cases, output, wanted, base, settings, folder, report, note)
+            weights, picture = _Run(wanted, base, folder, report, note).make(cases)
+            os.replace(picture, _picture(output))
+            os.replace(weights, output)
         shutil.rmtree(folder, ignore_errors=True)
     return _result(output)
 
 
-def _make(
-    cases: Sequence[Case],
-    output: Path,
-    wanted: Pretraining,
-    base: WeightsFile,
-    settings: dict[str, Any],
-    folder: Path,
-    report: Report,
-    note: Callable[[str], None],
-) -> None:
-    skipped: list[str] = []
+class _Run:
+    """One pretraining, from the images to the finished files in ``folder``.
 
-    def skip(case: Case, error: InputError) -> None:
-        skipped.append(case.id)
-        note(f"{case.id} is left out: {error}")
+    Args:
+        wanted: backbone, size and budget.
+        base: the weights to begin with.
+        folder: for everything that is not finished.
+        report, note: see ``pretrain``.
 
-    file = folder / "checkpoint.safetensors"
-    _refuse_continuing(file, settings)
-    report("loading the backbone", 0.0)
-    model = MaskedAutoencoder(backbones.load(wanted.backbone, base.path, wanted.image_size))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = prepare_images(
-        cases,
-        wanted.image_size,
-        folder / "slices",
-        lambda done, total: report(f"preparing image {done} of {total}", 0.0),
-        skip,
-    )
-    look = _Look(model, examples(images, SHOWN))
-    before = look.reconstructed()
-    learned = _learned(model.backbone)
-    trainer = PretrainTrainer(model, learned, images, wanted.image_size, wanted.budget, settings, file, report)
-    if trainer.resume():
-        note(f"Going on from step {trainer.progress.step}.")
-    if trainer.images_changed:
-        note("The folder's images have changed since; the run goes on with those of now.")
-    done = trainer.run()
-    look.draw(_picture(output), before)
-    header = {
-        "format": FORMAT,
-        "samadapt": __version__,
-        "settings": settings,
-        "backbone": wanted.backbone,
-        "base_sha256": base.sha256,
-        "image_size": wanted.image_size,
-        "images": len(images),
-        "skipped": skipped,
-        "steps": done.step,
-        "seconds": round(done.seconds, 1),
-        "loss": done.loss,
-    }
-    report("writing the weights", 1.0)
-    _write(output, folder, base, model.backbone, header)
+    Raises:
+        StateError: ``folder`` holds the unfinished run of other settings.
+    """
+
+    def __init__(
+        self, wanted: Pretraining, base: WeightsFile, folder: Path, report: Report, note: Callable[[str], None]
+    ) -> None:
+        self._wanted = wanted
+        self._base = base
+        self._settings = _settings(wanted, base)
+        self._folder = folder
+        self._checkpoint = folder / CHECKPOINT
+        self._report = report
+        self._note = note
+        self._skipped: list[str] = []
+        _refuse_continuing(self._checkpoint, self._settings)
+        report("loading the backbone", 0.0)
+        self._model = MaskedAutoencoder(backbones.load(wanted.backbone, base.path, wanted.image_size))
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def make(self, cases: Sequence[Case]) -> tuple[Path, Path]:
+        """Train, from the checkpoint if there is one; the weights file and the picture."""
+        images = self._prepare(cases)
+        look = _Look(self._model, examples(images, SHOWN))
+        before = look.reconstructed()
+        done = self._train(images)
+        picture = self._folder / "look.png"
+        look.draw(picture, before)
+        self._report("writing the weights", 1.0)
+        return self._write(done, images), picture
+
+    def _prepare(self, cases: Sequence[Case]) -> list[PreparedImage]:
+        def told(done: int, total: int) -> None:
+            self._report(f"preparing image {done} of {total}", 0.0)
+
+        return prepare_images(cases, self._wanted.image_size, self._folder / "slices", told, self._skip)
+
+    def _skip(self, case: Case, error: InputError) -> None:
+        self._skipped.append(case.id)
+        self._note(f"{case.id} is left out: {error}")
+
+    def _train(self, images: Sequence[PreparedImage]) -> PretrainProgress:
+        trainer = PretrainTrainer(
+            self._model,
+            _learned(self._model.backbone),
+            images,
+            self._wanted.budget,
+            self._settings,
+            self._checkpoint,
+            self._report,
+        )
+        if trainer.resume():
+            self._note(f"Going on from step {trainer.progress.step}.")
+        if trainer.images_changed:
+            self._note("The folder's images have changed since; the run goes on with those of now.")
+        return trainer.run()
+
+    def _write(self, done: PretrainProgress, images: Sequence[PreparedImage]) -> Path:
+        """The base's checkpoint with the learned tensors in place of its own."""
+        header = {
+            "format": FORMAT,
+            "samadapt": __version__,
+            "settings": self._settings,
+            "backbone": self._wanted.backbone,
+            "base_sha256": self._base.sha256,
+            "image_size": self._wanted.image_size,
+            "images": len(images),
+            "skipped": self._skipped,
+            "steps": done.step,
+            "seconds": round(done.seconds, 1),
+            "loss": done.loss,
+        }
+        tensors = {key: tensor.clone().contiguous() for key, tensor in read_checkpoint(self._base.path).items()}
+        for key, parameter in _learned(self._model.backbone).items():
+            tensors[key] = parameter.detach().to("cpu", tensors[key].dtype).contiguous()
+        path = self._folder / "weights.safetensors"
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"samadapt": json.dumps(header)})
+        return path
 
 
 class _Look:
@@ -257,8 +296,8 @@ def _settings(wanted: Pretraining, base: WeightsFile) -> dict[str, Any]:
     }
 
 
-def _writable_name(output: Path) -> Path:
-    output = output.expanduser().absolute()
+def _writable_name(output: Path, cases: Sequence[Case]) -> Path:
+    output = output.expanduser().resolve()
     if output.suffix != ".safetensors":
         raise ConfigError(
             f"weights are not written as {output.suffix or 'a file without a suffix'}",
@@ -267,6 +306,10 @@ def _writable_name(output: Path) -> Path:
         )
     if output.is_dir():
         raise InputError("is a folder", where=output, remedy="Name a file.")
+    if any(case.image.parent.resolve() == output.parent for case in cases):
+        raise ConfigError(
+            "its picture would count as one of the images that lie there", where=output, remedy="Choose another folder."
+        )
     return output
 
 
@@ -293,7 +336,7 @@ def _workplace(output: Path) -> Iterator[Path]:
     try:
         yield folder
     except SamAdaptError:
-        if not (folder / "checkpoint.safetensors").exists():  # nothing that would be worth going on from
+        if not (folder / CHECKPOINT).exists():  # nothing that would be worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
@@ -306,13 +349,9 @@ def _refuse_replacing(output: Path, settings: dict[str, Any]) -> None:
         return
     header = read_header(output)
     if header is None or header["settings"] != settings:
-        found = (
-            f"was made with other settings ({_difference(header['settings'], settings)})"
-            if header
-            else "exists already"
-        )
+        other = f" and was made with other settings ({_difference(header['settings'], settings)})" if header else ""
         raise StateError(
-            f"the file {found}",
+            f"exists already{other}",
             where=output,
             remedy="Choose another name, or remove it if no adapted model needs it as its base.",
         )
@@ -336,17 +375,6 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{key} {shown(there.get(key))} there, {shown(here[key])} here" for key in differing)
 
 
-def _write(output: Path, folder: Path, base: WeightsFile, backbone: backbones.Backbone, header: dict[str, Any]) -> None:
-    """The base's checkpoint with the learned tensors in place of its own; it appears under its name when complete."""
-    tensors = {key: tensor.clone().contiguous() for key, tensor in read_checkpoint(base.path).items()}
-    for key, parameter in _learned(backbone).items():
-        tensors[key] = parameter.detach().to("cpu", tensors[key].dtype).contiguous()
-    complete = folder / output.name
-    with atomic_path(complete) as temporary:
-        save_file(tensors, temporary, metadata={"samadapt": json.dumps(header)})
-    os.replace(complete, output)
-
-
 def read_header(path: Path) -> dict[str, Any] | None:
     """What ``pretrain`` wrote about the file at ``path``; None for any other file."""
     try:
@@ -360,7 +388,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 def _result(output: Path) -> PretrainResult:
     header = read_header(output)
     assert header is not None
-    told = {key: header[key] for key in PretrainResult.__dataclass_fields__ if key in header}
+    told = {field.name: header[field.name] for field in fields(PretrainResult) if field.name in header}
     return PretrainResult(weights=output, sha256=sha256_of(output), picture=_picture(output), **told)
 
 

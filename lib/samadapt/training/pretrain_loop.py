@@ -62,7 +62,6 @@ class PretrainTrainer:
         model: on its device, frozen.
         learned: those parameters of its backbone that learn, by name; its decoder learns beside them.
         images: to draw slices from.
-        size: S, side of the slices in pixels.
         budget: when to end; the learning rates fall over the same stretch.
         settings: what a checkpoint must have been made with.
         file: the checkpoint.
@@ -78,15 +77,13 @@ class PretrainTrainer:
         model: MaskedAutoencoder,
         learned: Mapping[str, nn.Parameter],
         images: Sequence[PreparedImage],
-        size: int,
         budget: Budget,
         settings: dict[str, Any],
         file: Path,
         report: Report,
     ) -> None:
         self._model = model
-        self._sampler = ImageSampler(images, size, BATCH_SIZE, SEED)
-        self._size = size
+        self._sampler = ImageSampler(images, model.backbone.image_size, BATCH_SIZE, SEED)
         self._budget = budget
         self._settings = settings
         self._images = hashlib.sha256("".join(image.key for image in images).encode()).hexdigest()
@@ -133,7 +130,7 @@ class PretrainTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(used, WARMUP)
         images = self._sampler.batch(progress.step).to(self._device)
-        hidden = draw_hidden(len(images), self._size, (SEED << 32) + progress.step).to(self._device)
+        hidden = draw_hidden(len(images), images.shape[-1], (SEED << 32) + progress.step).to(self._device)
         with working_precision(self._device):
             predicted = self._model(images, hidden)
         loss = reconstruction_loss(predicted, images, hidden)
