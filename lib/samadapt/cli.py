@@ -219,8 +219,8 @@ def pretrain(
 
             result = pretraining.pretrain(cases, output, wanted, report, out.note)
         ending = (
-            f"{result.weights}\n{result.steps} steps in {result.seconds:.0f} s on {result.images} images, loss "
-            f"{result.loss:.3f} (1: nothing but the mean of what is hidden); see {result.picture}\n"
+            f"{result.weights}\n{result.steps} steps in {result.seconds:.0f} s on {result.images} images; loss on the "
+            f"slices of {result.picture}: {result.shown_before:.3f} before, {result.shown_after:.3f} after\n"
             f"Use it with --conf backbone={backbone} --conf weights={result.weights}; models trained on it need it."
         )
         out.result(result, ending)

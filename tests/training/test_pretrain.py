@@ -165,6 +165,8 @@ def test_the_loss_falls(tmp_path, monkeypatch):
     last = pretrain(find_cases(tmp_path), tmp_path / "out" / "last.safetensors", wanted(base, 40, "sam_vit_b"))
     assert first.loss == pytest.approx(1, abs=0.01)
     assert last.loss < 0.8
+    assert first.shown_before == last.shown_before == pytest.approx(1, abs=0.01)
+    assert last.shown_after < 0.8
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -99,6 +99,7 @@ class PretrainResult:
         steps: optimiser steps.
         seconds: time in the training loop.
         loss: smoothed over the last steps; see ``samadapt.training.masking.reconstruction_loss``.
+        shown_before, shown_after: the loss on the slices of the picture, which were masked alike both times.
     """
 
     weights: Path
@@ -112,6 +113,8 @@ class PretrainResult:
     steps: int
     seconds: float
     loss: float
+    shown_before: float
+    shown_after: float
 
 
 def pretrain(
@@ -190,14 +193,15 @@ class _Run:
         look = _Look(self._model, examples(images, SHOWN))
         before = look.reconstructed()
         done = self._train(images)
+        after = look.reconstructed()
         picture = self._folder / "look.png"
-        look.draw(picture, before)
+        look.draw(picture, before, after)
         self._report("writing the weights", 1.0)
-        return self._write(done, images), picture
+        return self._write(done, images, {"shown_before": before[1], "shown_after": after[1]}), picture
 
     def _prepare(self, cases: Sequence[Case]) -> list[PreparedImage]:
         def told(done: int, total: int) -> None:
-            self._report(f"preparing image {done} of {total}", 0.0)
+            self._report(f"preparing {total} images", done / total)
 
         return prepare_images(cases, self._wanted.image_size, self._folder / "slices", told, self._skip)
 
@@ -221,7 +225,7 @@ class _Run:
             self._note("The folder's images have changed since; the run goes on with those of now.")
         return trainer.run()
 
-    def _write(self, done: PretrainProgress, images: Sequence[PreparedImage]) -> Path:
+    def _write(self, done: PretrainProgress, images: Sequence[PreparedImage], shown: dict[str, float]) -> Path:
         """The base's checkpoint with the learned tensors in place of its own."""
         header = {
             "format": FORMAT,
@@ -235,6 +239,7 @@ class _Run:
             "steps": done.step,
             "seconds": round(done.seconds, 1),
             "loss": done.loss,
+            **shown,
         }
         tensors = {key: tensor.clone().contiguous() for key, tensor in read_checkpoint(self._base.path).items()}
         for key, parameter in _learned(self._model.backbone).items():
@@ -267,9 +272,8 @@ class _Look:
         loss = reconstruction_loss(predicted, self._images, self._hidden)
         return reconstruction(predicted, self._images, self._hidden), float(loss)
 
-    def draw(self, path: Path, before: tuple[Tensor, float]) -> None:
-        """The picture of ``before``, an earlier result of ``reconstructed``, beside what the model makes now."""
-        after = self.reconstructed()
+    def draw(self, path: Path, before: tuple[Tensor, float], after: tuple[Tensor, float]) -> None:
+        """The picture of two results of ``reconstructed``."""
         columns = (self._images, hide(self._images, self._hidden), before[0], after[0])
         pretrain_picture.draw(path, columns, (before[1], after[1]))
 

@@ -30,7 +30,7 @@ WARMUP = 0.05
 BATCH_SIZE = 8
 SEED = 0
 
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints; more where writing one would take more than ``CHECKPOINT_SHARE`` of the time."""
 
 CHECKPOINT_SHARE = 0.05
