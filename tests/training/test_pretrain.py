@@ -27,7 +27,7 @@ from samadapt.errors import ConfigError, InputError, StateError, WeightsError
 from samadapt.files import sha256_of
 from samadapt.model import AdaptedModel
 from samadapt.training import pretrain_loop
-from samadapt.training.masking import PATCH, SHARE, draw_hidden, hide, reconstruction, reconstruction_loss
+from samadapt.training.masking import PATCH, SHARE, distance, draw_hidden, hide, reconstruction, reconstruction_loss
 from samadapt.training.pretrain import Pretraining, pretrain
 from samadapt.training.unlabelled import ImageSampler, prepare_images
 from tiny import SIZE, write_phantom
@@ -167,6 +167,21 @@ def test_the_loss_falls(tmp_path, monkeypatch):
     assert last.loss < 0.8
     assert first.shown_before == last.shown_before == pytest.approx(1, abs=0.01)
     assert last.shown_after < 0.8
+
+
+def test_embeddings_stay_near_the_base(studies, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_loop, "ENCODER_RATE", 1e-3)
+    base = write_base(tmp_path / "base.pth", "sam_vit_b")
+    image = hide(torch.rand(2, 3, SIZE, SIZE), draw_hidden(2, SIZE, 0))
+    drift = []
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr(pretrain_loop, "ANCHOR", weight)
+        output = tmp_path / f"anchor_{weight}.safetensors"
+        pretrain(find_cases(studies), output, wanted(base, 30, "sam_vit_b"))
+        with torch.no_grad():
+            one, other = (backbones.load("sam_vit_b", file, SIZE).embed(image) for file in (base, output))
+        drift.append(float(distance(other, one)))
+    assert drift[1] < 0.5 * drift[0]
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -9,8 +9,9 @@ whole image with the hidden patches filled in, so that it may be convolutional o
 which only a plain ViT allows); a share of 0.6; one linear layer as decoder.
 
 Of neither: the filling is the mean of what is visible, in the image, so that the encoder stays exactly the published
-one; and deviations below ``FLOOR`` count as ``FLOOR``, because medical images have much empty background, whose noise
-nobody could foresee.
+one; deviations below ``FLOOR`` count as ``FLOOR``, because medical images have much empty background, whose noise
+nobody could foresee; and the embedding is held near the one that the base has of the whole image (``distance``),
+because the prompt decoder, which learns nothing here, must still understand it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def reconstruction(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     return torch.where(_pixels(hidden), shown, images).clamp(0, 1)
 
 
+def distance(embedding: Tensor, base: Tensor) -> Tensor:
+    """Mean squared difference of two embeddings (B,256,g,g), in variances of ``base``; 2 where they share nothing."""
+    return F.mse_loss(embedding.float(), base.float()) / base.float().var()
+
+
 class MaskedAutoencoder(nn.Module):
     """A backbone's image encoder, and one linear layer that turns each cell of its embedding into pixels.
 
@@ -86,9 +92,14 @@ class MaskedAutoencoder(nn.Module):
         for parameter in self.decoder.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Images (B,3,S,S) in [0,1] and hidden patches (B,1,S/PATCH,S/PATCH) -> normalised pixels (B,3,S,S)."""
-        return self.decoder(self.backbone.embed(hide(images, hidden)))
+    def forward(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,3,S,S) in [0,1] and hidden patches (B,1,S/PATCH,S/PATCH) -> what it makes of the visible ones.
+
+        Returns:
+            Normalised pixels (B,3,S,S), and the embedding (B,256,g,g) that they are made from.
+        """
+        embedding = self.backbone.embed(hide(images, hidden))
+        return self.decoder(embedding), embedding
 
 
 def _pixels(hidden: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class _Look:
     def reconstructed(self) -> tuple[Tensor, float]:
         """(B,3,S,S) in [0,1] as the model reconstructs it now, and its loss."""
         with working_precision(self._images.device):
-            predicted = self._model(self._images, self._hidden)
+            predicted, _ = self._model(self._images, self._hidden)
         loss = reconstruction_loss(predicted, self._images, self._hidden)
         return reconstruction(predicted, self._images, self._hidden), float(loss)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -17,13 +18,17 @@ from samadapt.encoding import working_precision
 from samadapt.errors import StateError
 from samadapt.training import checkpoint
 from samadapt.training.loop import CLIP, Budget, schedule
-from samadapt.training.masking import MaskedAutoencoder, draw_hidden, reconstruction_loss
+from samadapt.training.masking import MaskedAutoencoder, distance, draw_hidden, reconstruction_loss
 from samadapt.training.unlabelled import ImageSampler, PreparedImage
 
 ENCODER_RATE = 1e-4
 """AdamW's peak learning rate of the encoder: low, since it goes on from weights that are good already."""
 
 DECODER_RATE = 1e-3
+
+ANCHOR = 1.0
+"""Weight of the distance to the base's embedding beside the loss of the pixels."""
+
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.95)
 WARMUP = 0.05
@@ -59,7 +64,7 @@ class PretrainTrainer:
     """Trains the image encoder of ``model`` in place, and its decoder.
 
     Args:
-        model: on its device, frozen.
+        model: on its device, frozen, with the base's weights.
         learned: those parameters of its backbone that learn, by name; its decoder learns beside them.
         images: to draw slices from.
         budget: when to end; the learning rates fall over the same stretch.
@@ -83,6 +88,7 @@ class PretrainTrainer:
         report: Report,
     ) -> None:
         self._model = model
+        self._base = copy.deepcopy(model.backbone)
         self._sampler = ImageSampler(images, model.backbone.image_size, BATCH_SIZE, SEED)
         self._budget = budget
         self._settings = settings
@@ -132,13 +138,16 @@ class PretrainTrainer:
         images = self._sampler.batch(progress.step).to(self._device)
         hidden = draw_hidden(len(images), images.shape[-1], (SEED << 32) + progress.step).to(self._device)
         with working_precision(self._device):
-            predicted = self._model(images, hidden)
-        loss = reconstruction_loss(predicted, images, hidden)
+            predicted, embedding = self._model(images, hidden)
+            with torch.no_grad():
+                base = self._base.embed(images)
+        pixels = reconstruction_loss(predicted, images, hidden)
+        loss = pixels + ANCHOR * distance(embedding, base)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
         self._optimizer.step()
-        value = float(loss.detach())
+        value = float(pixels.detach())
         if not math.isfinite(value):
             raise StateError(
                 f"the loss became {value} at step {progress.step}",
