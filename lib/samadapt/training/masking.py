@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from samadapt.backbones import EMBED_DIM, Backbone
@@ -77,7 +78,7 @@ def distance(embedding: Tensor, base: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A backbone's image encoder, and one linear layer that turns each cell of its embedding into pixels.
+    """A backbone's image encoder, and a norm and one linear layer that turn each cell of its embedding into pixels.
 
     Args:
         backbone: its encoder is trained; nothing else of it is used.
@@ -87,10 +88,12 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         stride = backbone.image_size // backbone.embedding_size
-        self.decoder = nn.Sequential(nn.Conv2d(EMBED_DIM, CHANNELS * stride**2, 1), nn.PixelShuffle(stride))
+        pixels = nn.Conv2d(EMBED_DIM, CHANNELS * stride**2, 1)
         # It begins with every patch's mean: the best that can be said without having learned anything.
-        for parameter in self.decoder.parameters():
+        for parameter in pixels.parameters():
             nn.init.zeros_(parameter)
+        # Normalised first: backbones' embeddings differ tenfold in scale, and one learning rate is to suit them all.
+        self.decoder = nn.Sequential(LayerNorm2d(EMBED_DIM), pixels, nn.PixelShuffle(stride))
 
     def forward(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,S,S) in [0,1] and hidden patches (B,1,S/PATCH,S/PATCH) -> what it makes of the visible ones.
