@@ -66,7 +66,18 @@ def test_help_is_light_and_names_every_command():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
-    for command in ("demo", "serve", "train", "infer", "evaluate", "recipes", "doctor"):
+    for command in (
+        "demo",
+        "serve",
+        "pretrain",
+        "train",
+        "synthesize",
+        "infer",
+        "evaluate",
+        "compare",
+        "recipes",
+        "doctor",
+    ):
         assert command in done.stdout
 
 

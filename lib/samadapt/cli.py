@@ -245,6 +245,42 @@ def synthesize(
 
 
 @app.command()
+def pretrain(
+    studies: Annotated[Path, typer.Argument(help="Folder with the images; labels are not needed.")],
+    output: Annotated[Path, typer.Option(help="The new weights file, .safetensors; a picture (.png) goes beside it.")],
+    backbone: Annotated[str, typer.Option(help="Whose image encoder to pretrain.")] = "lite_medsam",
+    weights: Weights = None,
+    image_size: Annotated[int, typer.Option(help="Model input in pixels.")] = 128,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long (default: 30, or no limit where --steps is given).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="At most so many optimiser steps.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Accustom a backbone to images without labels; use the result as --conf weights=FILE. Goes on after a kill."""
+    texts = {"backbone": backbone, "weights": weights, "image_size": image_size}
+    config = AppConfig.from_strings({key: text for key, text in texts.items() if text is not None})
+    cases, _ = _open(studies)
+    from samadapt.training import pretrain as pretraining
+
+    limit = pretraining.MINUTES if minutes is None and steps is None else minutes
+    wanted = pretraining.Pretraining(backbone, config.weights, image_size, limit, steps)
+    with terminal(as_json=as_json) as out:
+        with out.bar("starting") as update:
+
+            def report(message: str, share: float) -> None:
+                update(description=message, completed=100 * share, total=100)
+
+            result = pretraining.pretrain(cases, output, wanted, report, out.note)
+        ending = (
+            f"{result.weights}\n{result.steps} steps in {result.seconds:.0f} s on {result.images} images; loss on the "
+            f"slices of {result.picture}: {result.shown_before:.3f} before, {result.shown_after:.3f} after\n"
+            f"Use it with --conf backbone={backbone} --conf weights={result.weights}; models trained on it need it."
+        )
+        out.result(result, ending)
+
+
+@app.command()
 def infer(
     sources: Annotated[list[Path], typer.Argument(metavar="STUDIES_OR_IMAGE...", help="Folders or image files.")],
     output: Annotated[Path, typer.Option(help="Folder for the masks.")],

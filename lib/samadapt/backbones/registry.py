@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 from samadapt.backbones import weights as weights_files
 from samadapt.backbones.base import Backbone
 from samadapt.backbones.checkpoint import load_strictly, read_checkpoint
-from samadapt.backbones.sam_vit import build_sam_vit, resize_positions
+from samadapt.backbones.sam_vit import build_sam_vit, position_keys, resize_positions
 from samadapt.backbones.tiny_vit import build_lite_medsam, build_mobile_sam
 from samadapt.backbones.weights import WeightsSource
 from samadapt.errors import ConfigError
@@ -22,6 +22,10 @@ State = dict[str, Tensor]
 
 def _unchanged(state: State, backbone: Backbone) -> State:
     return state
+
+
+def _no_keys(backbone: Backbone) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class BackboneSpec:
         signature: a key of the checkpoint and its shape, by which its files are told from those of other backbones.
         unused_keys: keys of the published file which no part of the model reads.
         adapt: brings a checkpoint's state to the backbone's image size.
+        adapted_keys: the keys that ``adapt`` may change.
     """
 
     name: str
@@ -49,6 +54,7 @@ class BackboneSpec:
     signature: tuple[str, tuple[int, ...]]
     unused_keys: frozenset[str] = frozenset()
     adapt: Callable[[State, Backbone], State] = _unchanged
+    adapted_keys: Callable[[Backbone], Collection[str]] = _no_keys
 
 
 _SPECS: dict[str, BackboneSpec] = {}
@@ -184,6 +190,7 @@ def _register_sam_vit(
             source=WeightsSource(file, sha256, url=f"https://dl.fbaipublicfiles.com/segment_anything/{file}"),
             signature=("image_encoder.patch_embed.proj.weight", (dim, 3, 16, 16)),
             adapt=resize_positions,
+            adapted_keys=position_keys,
         )
     )
 

@@ -106,6 +106,11 @@ def resize_positions(state: dict[str, Tensor], backbone: Backbone) -> dict[str, 
     return resized
 
 
+def position_keys(backbone: Backbone) -> list[str]:
+    """The keys of what ``resize_positions`` resizes."""
+    return [key for key, _ in _resizers(backbone.image_encoder, backbone.embedding_size)]
+
+
 def _resizers(encoder: nn.Module, grid: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     yield "image_encoder.pos_embed", partial(_resize_grid, side=grid)
     for path, block in encoder.named_modules():

@@ -1,4 +1,4 @@
-"""Random changes of training slices: pose, contrast, noise. No flips, since left and right may be classes."""
+"""Random changes of training slices: pose, contrast, noise. With a label no flips: left and right may be classes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from monai.transforms import (
     Compose,
     MapTransform,
     RandAdjustContrastd,
+    RandAffine,
     RandAffined,
+    RandFlip,
     RandGaussianNoised,
+    RandRotate90,
     RandScaleIntensityd,
     RandShiftIntensityd,
 )
@@ -58,3 +61,36 @@ class Augmentation:
         self._transform.set_random_state(state=np.random.RandomState(seed % 2**32))
         changed = self._transform({IMAGE: image, LABEL: label[None].float()})
         return changed[IMAGE].as_tensor().clamp(0, 1), changed[LABEL].as_tensor()[0].to(label.dtype)
+
+
+class ImageAugmentation:
+    """Augments one slice that has no label: flips, quarter turns, rotation, crops of 60 % of the side and more.
+
+    Its intensities stay as they are: masked image modelling needs no more than changes of pose (He et al., "Masked
+    Autoencoders Are Scalable Vision Learners", CVPR 2022, section 4.1, data augmentation).
+
+    Args:
+        size: S, side of the model frame in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._transform = Compose(
+            [
+                RandFlip(prob=0.5, spatial_axis=0),
+                RandFlip(prob=0.5, spatial_axis=1),
+                RandRotate90(prob=0.5, max_k=3),
+                RandAffine(
+                    prob=0.9,
+                    rotate_range=math.radians(15),
+                    scale_range=((-0.4, 0.1), (-0.4, 0.1)),
+                    translate_range=(0.15 * size, 0.15 * size),
+                    mode="bilinear",
+                    padding_mode="zeros",
+                ),
+            ]
+        )
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """(3,S,S) float in [0,1] -> the same, changed; the same seed gives the same change."""
+        self._transform.set_random_state(state=np.random.RandomState(seed % 2**32))
+        return self._transform(image).as_tensor().clamp(0, 1)

@@ -189,7 +189,7 @@ class Trainer:
         return float(loss.detach())
 
     def _set_learning_rate(self, engine: Engine) -> None:
-        factor = _schedule(self._used(), self._model.info.recipe.warmup)
+        factor = schedule(self._used(), self._model.info.recipe.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
@@ -253,7 +253,7 @@ class Trainer:
         return self._budget.used(self._seconds(), self.progress.step)
 
 
-def _schedule(used: float, warmup: float) -> float:
+def schedule(used: float, warmup: float) -> float:
     """Linear rise over the first ``warmup`` of the budget, then half a cosine down to one hundredth."""
     if used < warmup:
         return max(used / warmup, 0.02)

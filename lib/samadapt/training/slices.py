@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,12 +77,7 @@ class PreparedCase:
 
     def image(self, index: int) -> Tensor:
         """(3,S,S) float32 in [0,1]."""
-        if self.images.shape[1] == 3:
-            stack = self.images[index]
-        else:
-            neighbours = np.clip([index - self.context, index, index + self.context], 0, len(self) - 1)
-            stack = self.images[neighbours, 0]
-        return torch.from_numpy(np.array(stack)).float() / LEVELS
+        return kept_image(self.images, index, self.context)
 
     def label(self, index: int) -> Tensor:
         """(S,S) int64."""
@@ -105,9 +100,7 @@ def prepare(
     """Write the slices of every case once (a second call finds them), forget those of other settings, and open them."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = [_key(case, labels, window, size) for case in cases]
-    for stale in folder.iterdir():
-        if stale.name.split(".")[0] not in keys:
-            stale.unlink(missing_ok=True)
+    forget_others(folder, keys)
     prepared = []
     for number, (case, key) in enumerate(zip(cases, keys, strict=True), start=1):
         if not (folder / f"{key}.json").is_file():
@@ -206,20 +199,16 @@ def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _key(case: Case, labels: LabelMap, window: Window, size: int) -> str:
     """Hex name of a case's prepared slices: changes with the files and with everything that shapes the slices."""
     files = [path for path in (case.image, case.label) if path is not None]
-    states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    parts = [PREPARED, states, sorted((case.values or {}).items()), labels.names, window.to_dict(), size]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return slices_key(files, [sorted((case.values or {}).items()), labels.names, window.to_dict(), size])
 
 
 def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) -> None:
     volume, mask, report = read_case(case, labels)
     view = ModelView(volume, window, context=0, size=size)
     turned = view.turn.forward(mask)
-    channels = 3 if volume.is_colour else 1
-    images = np.stack([(view.image(i)[:channels] * LEVELS).round().byte().numpy() for i in range(len(view))])
     frames = [view.frame.mask_to_model(take_slice(turned, view.axis, i)) for i in range(len(view))]
-    _save(stem.with_suffix(".images.npy"), images)
-    _save(stem.with_suffix(".labels.npy"), np.stack(frames))
+    save_array(stem.with_suffix(".images.npy"), kept_images(volume, view))
+    save_array(stem.with_suffix(".labels.npy"), np.stack(frames))
     shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
     record = {
         "case": case.id,
@@ -243,7 +232,37 @@ def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> 
     return PreparedCase(case_id, stem.name, seen, images, labels, slices_of, areas, context, record["remark"])
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def kept_images(volume: Volume, view: ModelView) -> np.ndarray:
+    """All slices of ``view``, made without context, as they are kept: uint8 (N,C,S,S); ``LEVELS`` is 1.0."""
+    channels = 3 if volume.is_colour else 1
+    return np.stack([(view.image(i)[:channels] * LEVELS).round().byte().numpy() for i in range(len(view))])
+
+
+def kept_image(images: np.ndarray, index: int, context: int) -> Tensor:
+    """One slice of what ``kept_images`` gave, with its neighbours as ``ModelInfo.context`` says: (3,S,S) in [0,1]."""
+    if images.shape[1] == 3:
+        stack = images[index]
+    else:
+        neighbours = np.clip([index - context, index, index + context], 0, len(images) - 1)
+        stack = images[neighbours, 0]
+    return torch.from_numpy(np.array(stack)).float() / LEVELS
+
+
+def slices_key(files: Sequence[Path], shaped_by: Sequence[Any]) -> str:
+    """Hex name of prepared slices: changes with the files they are made from and with ``shaped_by`` (JSON)."""
+    states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    return hashlib.sha256(json.dumps([PREPARED, states, *shaped_by]).encode()).hexdigest()[:24]
+
+
+def forget_others(folder: Path, keys: Collection[str]) -> None:
+    """Remove the prepared slices of other names than ``keys``, and what a killed process left half-written."""
+    for stale in folder.iterdir():
+        if stale.name.split(".")[0] not in keys:
+            stale.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as .npy, atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, array, allow_pickle=False)
 
