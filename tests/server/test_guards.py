@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from fastapi import HTTPException
 from monailabel.utils.async_tasks import utils
 
 from samadapt.server import guards
@@ -41,3 +43,17 @@ def test_a_training_that_does_not_end_is_not_waited_for_for_ever(training, monke
     monkeypatch.setattr(guards, "LONGEST_DEATH_S", 0.05)
     assert guards._stop(lambda: utils.stop_background_task("train"))()["status"] == "STOPPED"
     assert "has not ended" in caplog.text
+
+
+def test_a_second_training_is_refused_before_the_first_has_its_process(monkeypatch):
+    monkeypatch.setitem(utils.background_tasks, "train", [{"id": "one", "status": "SUBMITTED"}])
+    monkeypatch.setitem(utils.background_processes, "train", {})
+    trainer = SimpleNamespace(check=lambda params, datastore: None, name="samadapt")
+    app = SimpleNamespace(_trainers={"samadapt": trainer}, datastore=lambda: None)
+    started = []
+    run = guards._train_one(lambda *arguments: started.append(arguments), app)
+    with pytest.raises(HTTPException, match="429"):
+        run("samadapt", {})
+    utils.background_tasks["train"][0]["status"] = "DONE"
+    run("samadapt", {})
+    assert len(started) == 1

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from monailabel.endpoints import activelearning, datastore, infer, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.main import Main
-from monailabel.utils.async_tasks.utils import processes
+from monailabel.utils.async_tasks.utils import processes, tasks
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
@@ -121,6 +121,9 @@ def _train_one(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
         model: str, params: dict[str, Any] | None = None, run_sync: bool | None = False, enqueue: bool | None = False
     ) -> Any:
         _check_training(_require("trainer", model, app._trainers), params, app)
+        # The host looks for a process, which a training that was asked for a moment ago has not got yet.
+        if not (run_sync or enqueue) and any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("train")):
+            raise HTTPException(status_code=429, detail="A training is running already; wait for its end, or stop it.")
         return handler(model, params, run_sync, enqueue)
 
     return checked
