@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from samadapt.data.labels import LabelMap
     from samadapt.model import AdaptedModel
     from samadapt.project import Project
+    from samadapt.recipes import Recipe
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -516,14 +517,27 @@ def recipes(
             for number, name in enumerate(names):
                 update(completed=number, total=len(names))
                 recipe = registry.reference(name) if reference else registry.get(name)
-                counts = registry.count(recipe, classes, backbone, image_size)
-                found.append({"name": name, "summary": recipe.summary, **counts})
+                found.append(
+                    {"name": name, "summary": recipe.summary, **_counts(recipe, classes, backbone, image_size)}
+                )
         rows = [
             [r["name"], r["summary"], r["backbone"], f"{r['trainable_parameters']:,}", f"{r['percent']:.2f}"]
+            if r["trainable_parameters"] is not None
+            else [r["name"], r["summary"], r["backbone"], "?", "?"]
             for r in found
         ]
         title = f"Recipes for {classes} structure{'s' if classes > 1 else ''}"
         out.result(found, table(title, ["recipe", "what it does", "backbone", "trains", "% of all"], rows))
+
+
+def _counts(recipe: Recipe, classes: int, backbone: str, image_size: int | None) -> dict[str, Any]:
+    """``recipes.count``; unknown for the few of peft's tuners that cannot be built without weights."""
+    from samadapt.recipes import count
+
+    try:
+        return count(recipe, classes, backbone, image_size)
+    except ConfigError:
+        return {"backbone": recipe.backbone or backbone, "trainable_parameters": None, "percent": None}
 
 
 @app.command()

@@ -18,7 +18,7 @@ from samadapt.adapters import (
     SideConfig,
     SingularAdapter,
 )
-from samadapt.adapters.peft_tuners import fitting_tuners, known_tuners
+from samadapt.adapters.peft_tuners import NORMS, fitting_tuners, known_tuners
 from samadapt.config import BACKBONES, closest
 from samadapt.errors import ConfigError
 from samadapt.heads import (
@@ -187,7 +187,9 @@ _RECIPES = {
         *(_study(b, part, m) for b in BACKBONES for part in _PARTS for m in _METHODS),
         *(
             Recipe(
-                name=f"peft/{tuner}", summary=f"peft's {tuner} on q and v of every block", adapter=PeftAdapter(tuner)
+                name=f"peft/{tuner}",
+                summary=f"peft's {tuner} on {'the norms' if tuner == NORMS else 'q and v'} of every block",
+                adapter=PeftAdapter(tuner),
             )
             for tuner in known_tuners()
         ),
@@ -300,7 +302,7 @@ def configured(config: AppConfig) -> Recipe:
 
 
 def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = None) -> dict[str, Any]:
-    """How many parameters a recipe trains. No weights are made, but for those of peft's tuners that look at them.
+    """How many parameters a recipe trains. No weights are made.
 
     Args:
         recipe: any.
@@ -311,6 +313,9 @@ def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = 
     Returns:
         ``backbone``, ``trainable_parameters``, ``encoder_parameters`` (those of them in or beside the encoder),
         ``parameters`` (all that the model runs with) and ``percent``.
+
+    Raises:
+        ConfigError: the recipe does not fit the backbone, or is one of peft's tuners that need weights to be made.
     """
     import torch
 
@@ -319,10 +324,7 @@ def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = 
 
     name = recipe.backbone or backbone
     labels, size = [f"structure {n}" for n in range(classes)], image_size or spec(name).image_size
-    try:
-        with torch.device("meta"):
-            model = build(recipe, labels, backbones.build(name, size))
-    except ConfigError:
+    with torch.device("meta"):
         model = build(recipe, labels, backbones.build(name, size))
     sizes = {key: parameter.numel() for key, parameter in model.trainable().items()}
     trained, total = sum(sizes.values()), sum(parameter.numel() for parameter in model.parameters())
