@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -291,6 +292,19 @@ def test_one_slice_can_be_learned_by_heart(recipe):
     """AutoSAM's heads and SAM-LST's ladder: see their own tests."""
     model = recipes.build(recipe, one_slice.LABELS, BACKBONES["fused"]())
     assert one_slice.overfit(model, steps=100, rate=3e-3) > 0.95
+
+
+def test_a_model_file_of_the_first_version_still_loads_its_recipe():
+    """It named LoRA's fields without a kind, and neither side network nor head."""
+    adapter = {"rank": 8, "alpha": 8, "dropout": 0.0, "targets": ["q", "v"], "blocks": "late"}
+    value = {"name": "lora_late", "summary": recipes.get("lora_late").summary, "adapter": adapter, "seed": 0}
+    assert recipes.Recipe.from_dict(value) == recipes.get("lora_late")
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_survives_its_way_through_json(name):
+    recipe = recipes.get(name)
+    assert recipes.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_adapter_hits_q_and_v_alone(layout, images):
