@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diskcache
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from samadapt.data.view import ModelView
 from samadapt.data.volume import read_volume
 from samadapt.data.window import Window
 from samadapt.encoding import SliceEncoder
+from samadapt.inference.ahead import embed_volume
 from tiny import BACKBONES, SIZE, write_phantom
 
 WINDOW = Window("percentile", 0.5, 99.5)
@@ -129,3 +131,15 @@ def test_slices_are_known_by_their_content(image, tmp_path, view):
 def test_slices_have_the_levels_of_training(view):
     levels = view.image(2) * 255
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+
+
+def test_encoding_ahead_makes_damaged_and_lost_entries_again(image, cache, tmp_path):
+    model, volume = recipes.build("autosam_linear", ("a",), BACKBONES["fused"]()), read_volume(image)
+    assert embed_volume(model, volume, cache) == 6
+    assert embed_volume(model, volume, cache) == 0
+    with diskcache.Cache(str(tmp_path / "cache")) as store:
+        lost, damaged, *_ = list(store)
+        store.delete(lost)
+        store.set(damaged, b"neither a tensor nor its checksum", tag=0)
+    assert embed_volume(model, volume, cache) == 2
+    assert embed_volume(model, volume, cache) == 0

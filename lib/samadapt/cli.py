@@ -25,6 +25,7 @@ from samadapt.terminal import figure, plain, table, terminal
 if TYPE_CHECKING:
     from samadapt.data.cases import Case
     from samadapt.data.labels import LabelMap
+    from samadapt.data.slice_cache import SliceCache
     from samadapt.model import AdaptedModel
     from samadapt.project import Project
     from samadapt.recipes import Recipe
@@ -68,7 +69,8 @@ def main() -> None:
         _fail(error.to_dict(), str(error), error.exit_code)
     except ClickException as error:
         message = error.format_message()
-        remedy = "Settings are written --conf KEY=VALUE." if "--conf" in sys.argv else None
+        asked = "--conf" in sys.argv and "No such option" not in message
+        remedy = "Settings are written --conf KEY=VALUE." if asked else None
         text = f"{message} {remedy}" if remedy else message
         _fail({"error": "UsageError", "what": message, "where": None, "remedy": remedy}, text, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -297,7 +299,7 @@ def infer(
         raise ConfigError(f"masks are not written as {form!r}", where="--format", remedy=closest(form, MASK_FORMATS))
     images = _images(sources)
     file = _model_file(model, [studies] if studies else sources)
-    loaded = _load(file, weights)
+    loaded, cache = _load(file, weights), _cache_beside(file)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     with terminal(as_json=as_json) as out:
@@ -305,7 +307,7 @@ def infer(
             for number, (name, path) in enumerate(images.items(), start=1):
                 update(description=f"{name} ({number} of {len(images)})", completed=0)
                 try:
-                    done.append({"id": name, **_infer_one(loaded, name, path, output, form, structure, update)})
+                    done.append({"id": name, **_infer_one(loaded, cache, name, path, output, form, structure, update)})
                 except InputError as error:
                     failed.append({"id": name, **error.to_dict()})
                     out.note(f"{name}: {error}")
@@ -316,8 +318,18 @@ def infer(
         raise typer.Exit(InputError.exit_code)
 
 
+def _cache_beside(model: Path) -> SliceCache | None:
+    """The cache of the project that a model file belongs to, which the server and trainings fill, too."""
+    from samadapt.data.slice_cache import SliceCache
+    from samadapt.project import FOLDER, Project
+
+    root = model.resolve().parent.parent
+    return SliceCache(Project(root.parent).cache, AppConfig().cache_gib) if root.name == FOLDER else None
+
+
 def _infer_one(
     model: AdaptedModel,
+    cache: SliceCache | None,
     name: str,
     path: Path,
     output: Path,
@@ -329,7 +341,7 @@ def _infer_one(
     from samadapt.inference.auto import segment
 
     volume = read_volume(path)
-    mask = segment(model, volume, structures or None, lambda done, total: update(completed=done, total=total))
+    mask = segment(model, volume, structures or None, lambda done, total: update(completed=done, total=total), cache)
     target = output / f"{name}{form or ('.nii.gz' if volume.geometry.in_space else '.png')}"
     names = model.info.labels.names
     write_mask(target, mask, volume.geometry, names=dict(enumerate(names, start=1)))
@@ -350,6 +362,7 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     with terminal(as_json=as_json) as out:
         with out.bar("loading the model") as update:
             models = Models(config, project)
+            models.cache.require()
             served = models.current()
             for number, case in enumerate(cases, start=1):
                 update(description=f"{case.id} ({number} of {len(cases)})", completed=0)

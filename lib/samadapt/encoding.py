@@ -56,8 +56,8 @@ class SliceEncoder:
         return torch.stack(found).to(self._device).float()
 
     def has(self, view: ModelView, index: int) -> bool:
-        """Whether the cache holds the embedding of a slice."""
-        return self._cache is not None and self._key(view, index) in self._cache
+        """Whether the cache holds the embedding of a slice, undamaged."""
+        return self._cache is not None and self._cache.get(self._key(view, index)) is not None
 
     def _embed(self, view: ModelView, indices: Sequence[int]) -> Tensor:
         assert self._cache is not None

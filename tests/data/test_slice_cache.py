@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from samadapt.data.slice_cache import SliceCache
+from samadapt.errors import StateError
 
 LIB = Path(__file__).resolve().parents[2] / "lib"
 MIB = 2**20
@@ -30,18 +32,15 @@ def cache(tmp_path):
 )
 def test_what_is_put_is_got_exactly(cache, tmp_path, value):
     assert cache.get("a") is None
-    assert "a" not in cache
     cache.put("a", value)
     for found in (cache, SliceCache(tmp_path / "cache", gib=1)):
         assert torch.equal(found.get("a"), value)
         assert found.get("a").dtype == value.dtype
-        assert "a" in found
         assert found.get("b") is None
 
 
 def test_looking_makes_no_folder(cache, tmp_path):
     assert cache.get("a") is None
-    assert "a" not in cache
     assert cache.bytes_used() == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -51,7 +50,7 @@ def test_the_budget_holds_and_what_was_used_last_stays(tmp_path):
     for number in range(60):
         cache.put(f"{number}", tensor(number))
         assert cache.get("0") is not None
-    kept = [number for number in range(60) if f"{number}" in cache]
+    kept = [number for number in range(60) if cache.get(f"{number}") is not None]
     assert cache.bytes_used() <= 5 * MIB
     assert {0, 58, 59} <= set(kept)
     assert 1 not in kept
@@ -105,6 +104,22 @@ def test_a_folder_that_cannot_be_written_is_reported_not_raised(tmp_path, caplog
     cache.put("a", tensor(0))
     assert cache.get("a") is None
     assert "cache" in caplog.text
+
+
+def test_a_folder_that_was_removed_is_made_again(cache, tmp_path):
+    cache.put("a", torch.ones(3))
+    shutil.rmtree(tmp_path / "cache")
+    for _ in range(2):  # the first one finds out
+        cache.put("b", torch.ones(3))
+    assert cache.get("a") is None
+    assert torch.equal(cache.get("b"), torch.ones(3))
+
+
+def test_who_computes_only_to_keep_is_told_that_nothing_can_be_kept(cache, tmp_path):
+    cache.require()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StateError, match="nothing can be kept there"):
+        SliceCache(tmp_path / "file", gib=1).require()
 
 
 def test_several_processes_write_and_read_at_once(tmp_path):

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from samadapt.errors import StateError
 
 logger = logging.getLogger(__name__)
 
 LEAST_FREE = 2 * 2**30
 """Bytes that stay free on the disk."""
+
+_PROBE = "probe"
 
 _UNUSABLE = (sqlite3.Error, diskcache.Timeout, OSError)
 
@@ -81,13 +86,20 @@ class SliceCache:
                 found[key] = tensor
         return [found[key] for key in keys]
 
-    def __contains__(self, key: str) -> bool:
-        """Whether there is such an entry; it may turn out to be damaged."""
-        try:
-            return (self._opened is not None or self._folder.is_dir()) and key in self._store()
-        except _UNUSABLE as error:
-            self._give_up(error)
-            return False
+    def require(self) -> None:
+        """Make sure that entries are kept and found again, for those who compute only to keep.
+
+        Raises:
+            StateError: the folder cannot be used, or the disk is nearly full.
+        """
+        probe = torch.zeros(1)
+        self.put(_PROBE, probe)
+        if self.get(_PROBE) is None:
+            raise StateError(
+                "nothing can be kept there",
+                where=self._folder,
+                remedy=f"It needs a folder that can be written to, and {LEAST_FREE / 2**30:g} GiB free on its disk.",
+            )
 
     def bytes_used(self) -> int:
         """Bytes of all entries together."""
@@ -113,7 +125,10 @@ class SliceCache:
             return self._opened
 
     def _give_up(self, error: Exception) -> None:
-        """After a damaged index the cache begins anew; anything else (a full disk, a lock) may pass."""
+        """A damaged index, or a folder that was removed, begins anew; anything else (a full disk, a lock) may pass."""
+        if self._opened is not None and not self._folder.is_dir():
+            with self._lock:
+                self._opened = None
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
         logger.warning("%s: %s%s", self._folder, error, "; it is made anew" if damaged else "")
         if damaged:
