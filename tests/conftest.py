@@ -18,3 +18,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_backbone(monkeypatch, one_thread):
+    """A small random backbone in place of LiteMedSAM, whatever is asked for."""
+    from tiny import BACKBONES
+
+    def load(name, weights=None, image_size=None):
+        backbone = BACKBONES["per_head"]()
+        backbone.weights_sha256 = "0" * 64
+        return backbone
+
+    monkeypatch.setattr("samadapt.backbones.load", load)

@@ -31,19 +31,6 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def tiny_backbone(monkeypatch, one_thread):
-    """A small random backbone in place of LiteMedSAM, whatever is asked for."""
-    from tiny import BACKBONES
-
-    def load(name, weights=None, image_size=None):
-        backbone = BACKBONES["per_head"]()
-        backbone.weights_sha256 = "0" * 64
-        return backbone
-
-    monkeypatch.setattr("samadapt.backbones.load", load)
-
-
-@pytest.fixture
 def studies(tmp_path):
     from tiny import write_studies
 

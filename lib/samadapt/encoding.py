@@ -51,13 +51,13 @@ class SliceEncoder:
         if self._cache is None:
             with working_precision(self._device):
                 return self._model.embed(view.images(indices).to(self._device)).float()
-        keys = [self._key(view, index) for index in indices]
+        keys = self._keys(view, indices)
         found = self._cache.gather(keys, lambda missing: self._embed(view, [indices[n] for n in missing]))
         return torch.stack(found).to(self._device).float()
 
     def has(self, view: ModelView, index: int) -> bool:
         """Whether the cache holds the embedding of a slice, undamaged."""
-        return self._cache is not None and self._cache.get(self._key(view, index)) is not None
+        return self._cache is not None and self._cache.get(self._keys(view, [index])[0]) is not None
 
     def _embed(self, view: ModelView, indices: Sequence[int]) -> Tensor:
         assert self._cache is not None
@@ -68,5 +68,6 @@ class SliceEncoder:
         with working_precision(self._device):
             return self._model.embed_tokens(torch.stack(tokens).to(self._device).float()).to(KEPT).cpu()
 
-    def _key(self, view: ModelView, index: int) -> str:
-        return f"{self._model.encoder_key()} {view.key} {index}"
+    def _keys(self, view: ModelView, indices: Sequence[int]) -> list[str]:
+        encoder = self._model.encoder_key()  # of an unmerged model this reads every adapted weight
+        return [f"{encoder} {view.key} {index}" for index in indices]

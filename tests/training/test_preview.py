@@ -38,13 +38,7 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def config(monkeypatch):
-    def load(name, weights=None, image_size=None):
-        backbone = BACKBONES["per_head"]()
-        backbone.weights_sha256 = "0" * 64
-        return backbone
-
-    monkeypatch.setattr("samadapt.backbones.load", load)
+def config(tiny_backbone):
     return AppConfig.from_strings({"max_steps": "40", "max_train_minutes": "5", "image_size": str(SIZE)})
 
 

@@ -47,16 +47,6 @@ def prepared(cases, tmp_path):
 
 
 @pytest.fixture
-def tiny_backbone(monkeypatch):
-    def load(name, weights=None, image_size=None):
-        backbone = BACKBONES["per_head"]()
-        backbone.weights_sha256 = "0" * 64
-        return backbone
-
-    monkeypatch.setattr("samadapt.backbones.load", load)
-
-
-@pytest.fixture
 def made(monkeypatch):
     """Numbers of the synthetic slices that were made."""
     made, pair = [], SyntheticSlices.pair

@@ -12,6 +12,7 @@ from samadapt.adapters.peft_tuners import PeftAdapter
 from samadapt.adapters.plain import Frozen, FullTuning
 from samadapt.adapters.side import SideConfig
 from samadapt.adapters.singular import SingularAdapter
+from samadapt.parts import part_from_dict
 
 __all__ = [
     "Blocks",
@@ -28,7 +29,7 @@ __all__ = [
     "side_from_dict",
 ]
 
-_KINDS = {
+_KINDS: dict[str, type[EncoderAdapter]] = {
     adapter.kind: adapter
     for adapter in (Frozen, FullTuning, LoraConfig, BottleneckAdapter, PeftAdapter, SingularAdapter)
 }
@@ -38,13 +39,9 @@ _SIDES: dict[str, type[SideConfig]] = {side.kind: side for side in (Ladder,)}
 
 def from_dict(value: dict[str, Any]) -> EncoderAdapter:
     """Inverse of ``EncoderAdapter.to_dict`` after a way through JSON. Files of the first version are LoRA's."""
-    return _KINDS[value.get("kind", LoraConfig.kind)](**_fields(value))
+    return part_from_dict(_KINDS, {"kind": LoraConfig.kind, **value})
 
 
 def side_from_dict(value: dict[str, Any]) -> SideConfig:
     """Inverse of ``SideConfig.to_dict`` after a way through JSON."""
-    return _SIDES[value["kind"]](**_fields(value))
-
-
-def _fields(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "kind"}
+    return part_from_dict(_SIDES, value)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from samadapt.backbones.base import Backbone
 from samadapt.errors import ConfigError
+from samadapt.parts import Part
 
 Blocks = tuple[int, ...] | Literal["late"] | None
 """Indices of the adapted encoder blocks; "late": those of the encoder's second half; None: all that can be adapted."""
 
 
 @dataclass(frozen=True)
-class EncoderAdapter(ABC):
-    """How the encoder learns. A subclass is the configuration of one way.
-
-    Class attributes:
-        kind: its name in a model file.
-    """
-
-    kind: ClassVar[str]
+class EncoderAdapter(Part):
+    """How the encoder learns. A subclass is the configuration of one way."""
 
     @abstractmethod
     def inject(self, backbone: Backbone, seed: int) -> int | None:
@@ -45,10 +40,6 @@ class EncoderAdapter(ABC):
     @abstractmethod
     def merge(self, backbone: Backbone) -> None:
         """Fold what was learned into plain weights, as far as it can be, in place; nothing requires gradients then."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the header of a model file."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 def choose(blocks: Blocks, known: Sequence[int], late_block: int) -> list[int]:

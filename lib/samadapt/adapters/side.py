@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from samadapt.backbones.base import EMBED_DIM, Backbone
+from samadapt.parts import Part
 
 
 class SideNetwork(nn.Module):
@@ -20,14 +20,8 @@ class SideNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class SideConfig(ABC):
-    """Which side network. A subclass is the configuration of one kind.
-
-    Class attributes:
-        kind: its name in a model file.
-    """
-
-    kind: ClassVar[str]
+class SideConfig(Part):
+    """Which side network. A subclass is the configuration of one kind."""
 
     @abstractmethod
     def build(self, backbone: Backbone, seed: int) -> SideNetwork:
@@ -40,10 +34,6 @@ class SideConfig(ABC):
         Raises:
             WeightsError: the configuration names a file that is missing, broken or not of this network.
         """
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the header of a model file."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 def pack(embeddings: Tensor, images: Tensor) -> Tensor:

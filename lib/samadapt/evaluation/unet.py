@@ -22,7 +22,7 @@ from monai.data import list_data_collate
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.layers import Norm
-from monai.networks.nets import BasicUNet, UNet
+from monai.networks.nets import UNet
 from monai.transforms import (
     Compose,
     RandAffined,
@@ -40,6 +40,7 @@ from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError, StateError
+from samadapt.heads.unet import unet_2d
 from samadapt.training.slices import SliceSampler, prepare, read_case
 
 NEAR_CUBIC = 2.0
@@ -57,7 +58,7 @@ FRAME_SIZE = 128
 LEARNING_RATE = 3e-3
 WARMUP = 0.05
 BATCH_2D, BATCH_3D = 8, 2
-CHANNELS_2D, CHANNELS_3D = (16, 16, 32, 64, 128, 16), (16, 32, 64, 128)
+CHANNELS_3D = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def train_unet(
     if plan.dimensions == 2:
         prepared = prepare(cases, labels, window, context, plan.shape[0], folder)
         sampler = SliceSampler(prepared, plan.shape[0], BATCH_2D, seed)
-        network: nn.Module = BasicUNet(2, 3, len(labels) + 1, CHANNELS_2D)
+        network: nn.Module = unet_2d(len(labels))
         batches = map(sampler.batch, itertools.count())
     else:
         network = UNet(

@@ -10,6 +10,7 @@ from samadapt.heads.sam_decoder import SamDecoderHead, SamHead
 from samadapt.heads.text import TextHead
 from samadapt.heads.unet import UNetHead
 from samadapt.heads.widened import WidenedHead
+from samadapt.parts import part_from_dict
 
 __all__ = [
     "AutoSamCnn",
@@ -32,5 +33,4 @@ _KINDS: dict[str, type[HeadConfig]] = {
 
 def from_dict(value: dict[str, Any]) -> HeadConfig:
     """Inverse of ``HeadConfig.to_dict`` after a way through JSON."""
-    fields = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "kind"}
-    return _KINDS[value["kind"]](**fields)
+    return part_from_dict(_KINDS, value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
 
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 
 from samadapt.backbones.base import Backbone
 from samadapt.data.labels import LabelMap
+from samadapt.parts import Part
 
 
 class Head(nn.Module):
@@ -51,14 +51,8 @@ class Head(nn.Module):
 
 
 @dataclass(frozen=True)
-class HeadConfig(ABC):
-    """Which head, and how it learns. A subclass is the configuration of one kind.
-
-    Class attributes:
-        kind: its name in a model file.
-    """
-
-    kind: ClassVar[str]
+class HeadConfig(Part):
+    """Which head, and how it learns. A subclass is the configuration of one kind."""
 
     @abstractmethod
     def build(self, backbone: Backbone, labels: LabelMap, seed: int) -> Head:
@@ -69,7 +63,3 @@ class HeadConfig(ABC):
             labels: foreground classes, in the order of the logits.
             seed: of every random start.
         """
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the header of a model file."""
-        return {"kind": self.kind, **asdict(self)}

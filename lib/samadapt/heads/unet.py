@@ -19,6 +19,12 @@ CHANNELS = (16, 16, 32, 64, 128, 16)
 """Feature maps from the finest to the coarsest level and of the last layer."""
 
 
+def unet_2d(classes: int) -> BasicUNet:
+    """MONAI's ``BasicUNet`` with random weights: three channels -> background and ``classes``."""
+    with redirect_stdout(StringIO()):  # MONAI prints the features of each network that it makes
+        return BasicUNet(2, 3, classes + 1, CHANNELS)
+
+
 class UNet2D(Head):
     """MONAI's ``BasicUNet`` on the slices themselves (after Falk et al., "U-Net: deep learning for cell counting,
     detection, and morphometry", Nature Methods 2019)."""
@@ -27,8 +33,7 @@ class UNet2D(Head):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        with redirect_stdout(StringIO()):  # MONAI prints the features of each network that it makes
-            self.network = BasicUNet(2, 3, classes + 1, CHANNELS)
+        self.network = unet_2d(classes)
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         """Images (B,3,S,S) in [0,1] -> (B,K+1,S,S) logits, background first."""
