@@ -130,7 +130,6 @@ def test_label_train_improve_stop_restart(client, server, test_images, tmp_path,
     assert stats["best_metric"] > 0.5
     assert after_eight >= 0.75
     assert after_eight >= after_two + 0.05
-    mask, params = infer(client, first)
 
     client.train_start("samadapt", {})
     while client.info()["train_stats"]["samadapt"].get("train") is None:
@@ -138,6 +137,7 @@ def test_label_train_improve_stop_restart(client, server, test_images, tmp_path,
     client.train_stop()
     assert not client.train_status(check_if_running=True)
     assert client.info()["train_stats"]["samadapt"]["state"] != "running"
+    mask, params = infer(client, first)  # only now: the preview of the stopped training may have been better
 
     server.stop()
     server.start()
