@@ -83,7 +83,7 @@ def test_every_image_is_encoded_and_progress_says_so(working, serving, images):
     working.start()
     wait_for(lambda: working.progress()["images_done"] == 3)
     assert all(encoded(serving, path) == 6 for path in images.values())
-    assert working.progress() == {"images_done": 3, "images": 3, "image": "three", "slices_done": 6, "slices": 6}
+    assert working.progress() == {"images_done": 3, "images": 3, "image": None, "slices_done": 0, "slices": 0}
 
 
 def test_what_is_on_somebody_s_screen_comes_first(working, serving, images):

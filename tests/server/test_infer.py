@@ -88,6 +88,14 @@ def test_label_prompt_restricts_the_classes(tmp_path, image, asked):
     assert "message" not in params
 
 
+def test_a_model_that_finds_nothing_says_so(tmp_path, image, monkeypatch):
+    monkeypatch.setattr(infer, "segment", lambda model, volume, *_, **__: np.zeros(volume.geometry.shape, np.uint8))
+    task = infer.Segmentation(Published(LabelMap(("a",))), labels_of(tmp_path, "a", "new"))
+    mask, params = run(task, image)
+    assert not mask.any()
+    assert params["message"] == f"not learned yet: new; a: {infer.NONE_OF_THEM}"
+
+
 def test_nothing_learned_is_an_empty_mask_and_a_message(tmp_path, image, asked):
     mask, params = run(infer.Segmentation(Published(None), labels_of(tmp_path)), image)
     assert mask.shape == SHAPE

@@ -23,6 +23,8 @@ LOOK_SECONDS = 1.0
 REMEMBERED = 8
 """Images that were on somebody's screen lately."""
 
+_IDLE: dict[str, Any] = {"image": None, "slices_done": 0, "slices": 0}
+
 FULL = 0.9
 """Share of the cache's budget beyond which nothing is encoded ahead: it would push out what it has just made."""
 
@@ -53,7 +55,7 @@ class AheadOfNeed:
         self._last_request = time.monotonic()
         self._asked: list[str] = []
         self._done: set[tuple[str, str]] = set()
-        self._record: dict[str, Any] = {"image": None, "slices_done": 0, "slices": 0}
+        self._record = _IDLE
 
     def start(self) -> None:
         """Begin; the thread ends with the process."""
@@ -77,7 +79,7 @@ class AheadOfNeed:
             self._asked = [image, *(other for other in self._asked if other != image)][:REMEMBERED]
 
     def progress(self) -> dict[str, Any]:
-        """For ``GET /info/``: images done and in all, and the slices of the one at hand."""
+        """For ``GET /info/``: images done and in all, and the one at hand (None: none) with its slices."""
         images = self._images()
         version = self._models.version()
         done = sum((image, version) in self._done for image in images)
@@ -95,6 +97,8 @@ class AheadOfNeed:
                 logger.warning("%s is not encoded ahead: %s", image, error)
             except Exception:
                 logger.exception("%s is not encoded ahead", image)
+            finally:
+                self._record = _IDLE
             self._done.add((image, self._models.version()))
 
     def _next(self) -> str | None:

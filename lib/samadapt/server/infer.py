@@ -34,6 +34,7 @@ Request = dict[str, Any]
 SLICE_AXIS = 2  # viewers' 2D clicks live in a plane of constant k, whatever the acquisition plane was
 
 NOTHING_FOUND = "nothing was found there: click in the middle of the structure, or draw a larger box"
+NONE_OF_THEM = "none of them was found in this image; to teach more: submit more labels and train again"
 NOTHING_LEARNED = "no label has been learned yet, so the mask is empty: submit labels and train, or use clicks"
 
 
@@ -103,6 +104,10 @@ class Segmentation(_Task):
             params["message"] = f"not learned yet: {', '.join(missing)}"
         classes = [learned.names[position - 1] for position in positions.values() if position is not None]
         found = segment(served.model, volume, classes, cache=self._models.cache)
+        if classes and not found.any():
+            params["message"] = "; ".join(
+                filter(None, [params.get("message"), f"{', '.join(classes)}: {NONE_OF_THEM}"])
+            )
         return _renumbered(found, learned, labels), {**params, "model_version": served.version}
 
 
