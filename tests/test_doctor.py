@@ -8,6 +8,11 @@ import pytest
 
 from samadapt import doctor
 from samadapt.config import AppConfig
+from samadapt.data.cases import find_cases
+from samadapt.data.labels import LabelMap
+from samadapt.data.slice_cache import SliceCache
+from samadapt.project import Project
+from samadapt.training import train
 from tiny import write_phantom, write_studies
 
 AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
@@ -98,6 +103,19 @@ def test_values_that_the_label_map_lacks(studies):
     found = look(studies)
     assert found["case_0"].status == "warning"
     assert "2 (" in found["case_0"].what
+
+
+def test_names_that_the_published_model_learned(studies, tiny_backbone):
+    (studies / "labels.json").unlink()
+    settings = {"recipe": "lora", "image_size": "64", "max_steps": "1", "labels": "bright,dark"}
+    train(find_cases(studies), LabelMap(("bright", "dark")), AppConfig.from_strings(settings), Project(studies))
+    assert look(studies) == {}
+
+
+def test_a_full_cache(studies, monkeypatch):
+    assert look(studies) == {}
+    monkeypatch.setattr(SliceCache, "bytes_used", lambda cache: 19 * 2**30)
+    assert look(studies)["cache"].status == "warning"
 
 
 def test_label_without_an_image(studies):

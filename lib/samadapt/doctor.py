@@ -188,6 +188,7 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
             "studies", "problem", f"{studies} cannot be written to", "Labels and models go there: change its rights."
         )
     yield from _records(studies)
+    yield _cache(studies, config)
     yield from _orphans(studies, {case.id for case in cases})
     yield from _cases(studies, cases, config, say)
 
@@ -204,6 +205,20 @@ def _records(studies: Path) -> Iterator[Check]:
             yield from look(studies)
         except SamAdaptError as error:
             yield Check(name, "problem", f"{error.where}: {error.what}", error.remedy or "")
+
+
+def _cache(studies: Path, config: AppConfig) -> Check:
+    """Whether the encoder's results can be kept, and how much of the budget they take."""
+    from samadapt.data.slice_cache import SliceCache
+    from samadapt.project import Project
+
+    cache = SliceCache(Project(studies).cache, config.cache_gib)
+    share = cache.filled()
+    used = f"{share * config.cache_gib:.2f} of {config.cache_gib:g} GiB"
+    if share >= 0.9:
+        remedy = "What was used longest ago makes room; raise --conf cache_gib if images are encoded again and again."
+        return Check("cache", "warning", f"{used}: it is full", remedy)
+    return Check("cache", "ok", used)
 
 
 def _written_labels(studies: Path) -> Iterator[Check]:
@@ -244,6 +259,15 @@ def _label_map(studies: Path) -> LabelMap | None:
     return LabelMap.from_json(path) if path.is_file() else None
 
 
+def _learned(studies: Path) -> LabelMap | None:
+    """The published model's; None before the first."""
+    from samadapt.model import read_info
+    from samadapt.project import Project
+
+    published = Project(studies).published()
+    return read_info(published).labels if published else None
+
+
 def _orphans(studies: Path, ids: set[str]) -> Iterator[Check]:
     from samadapt.data.volume import image_suffix
 
@@ -258,8 +282,8 @@ def _cases(studies: Path, cases: Sequence[Case], config: AppConfig, say: Callabl
     """Read image and label of each case, labelled ones first, until the time is up."""
     labels = config.labels
     if labels is None:
-        with contextlib.suppress(SamAdaptError):  # a broken labels.json has been reported already
-            labels = _label_map(studies)
+        with contextlib.suppress(SamAdaptError):  # a broken labels.json or model has been reported already
+            labels = _label_map(studies) or _learned(studies)
     deadline = time.monotonic() + STUDIES_SECONDS
     ordered = sorted(cases, key=lambda case: case.label is None)
     wrong = 0
