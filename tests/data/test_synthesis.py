@@ -17,7 +17,7 @@ SIZE = 48
 LOW, SPAN = 0.2, 0.4
 """Intensities of the ramps: low enough not to be clipped by the gains of the tests."""
 
-STILL = Synthesis((1, 1), 1, 0, 0, 0, 0, (1, 1), (0, 0), brightness=(0, 1))
+STILL = Synthesis((1, 1), 1, 0, 0, 0, flip=0, gamma=(1, 1), gain=(1, 1), offset=(0, 0), brightness=(0, 1))
 """Changes nothing."""
 
 boxes = st.lists(
@@ -59,7 +59,7 @@ def classes(label: torch.Tensor) -> set[int]:
 def test_no_class_appears_that_neither_slice_shows(shown, below, seed, onto_empty):
     exemplar = ramps(), label_of(shown)
     background = empty() if onto_empty else (ramps(), label_of(below))
-    lively = Synthesis(translation=0.5, flip=0.5, feather=2)
+    lively = Synthesis(translation=0.5, relocate=0.5, elastic=0.05, flip=0.5, feather=2)
     image, label = make(exemplar, background, lively, seed)
     assert classes(label) <= classes(exemplar[1]) | classes(background[1]) | {0}
     assert image.shape == (3, SIZE, SIZE)
@@ -90,7 +90,12 @@ def test_what_is_pasted_is_the_recoloured_warped_structure_and_the_rest_the_back
     about its centroid; every other pixel is the background, recoloured."""
     classes_of, background = label_of(shown), empty(seed % 1000)
     ranges = Synthesis(
-        translation=translation, flip=flip, gain=(gain, gain), offset=(offset, offset), brightness=(0, 1)
+        translation=translation,
+        flip=flip,
+        gamma=(1, 1),
+        gain=(gain, gain),
+        offset=(offset, offset),
+        brightness=(0, 1),
     )
     image, label = make((ramps(), classes_of), background, ranges, seed)
     torch.testing.assert_close(
@@ -114,6 +119,37 @@ def test_what_is_pasted_is_the_recoloured_warped_structure_and_the_rest_the_back
             centre = np.array(ndimage.center_of_mass(classes_of.numpy() == number))
             moved = forward @ (centre - solution[2])
             assert np.abs(moved - centre).max() <= translation * SIZE + 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(6, 24), st.integers(6, 24), st.integers(12, 18))
+def test_a_lesion_s_centre_is_in_the_body(seed, row, column, side):
+    """Wherever it was: the background shows a body, and something smaller beside it."""
+    body = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    body[row : row + side, column : column + side] = True
+    image = torch.where(body, 0.8, 0.05).expand(3, -1, -1).clone()
+    image[:, 1:3, 1:3] = 0.8
+    image[:, row + 3, column + 3] = 0.0  # a dark spot in the body is still the body
+    nowhere = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    exemplar = ramps(), label_of([(1, 0, 39, 5, 5)])
+    _, label = make(exemplar, (image, nowhere), dataclasses.replace(STILL, relocate=1.0), seed)
+    centre = np.rint(ndimage.center_of_mass(label.numpy() == 1)).astype(int)
+    assert body[tuple(centre)]
+
+
+def test_elastic_changes_bend_and_stay_within_their_limit():
+    square = label_of([(1, 14, 14, 20, 20)])
+    bent = dataclasses.replace(STILL, elastic=0.1)
+    shapes = [make((ramps(), square), empty(), bent, seed)[1] == 1 for seed in range(10)]
+    far = ndimage.distance_transform_edt(square.numpy() == 0)
+    assert all(far[shape.numpy()].max(initial=0) <= 0.1 * SIZE + 1 for shape in shapes)
+    assert sum(not torch.equal(shape, square == 1) for shape in shapes) >= 8
+
+
+def test_gamma_changes_contrast_not_its_order():
+    image, label = make((ramps(), label_of([(1, 0, 0, SIZE, SIZE)])), empty(), dataclasses.replace(STILL, gamma=(2, 2)))
+    assert (label == 1).all()
+    torch.testing.assert_close(image, ramps() ** 2)
 
 
 def test_regions_and_background_have_intensities_of_their_own():
@@ -188,7 +224,7 @@ def test_labels_of_the_background_stay_where_nothing_is_pasted():
 def test_a_feather_changes_two_pixels_inside_the_border_alone():
     exemplar, background = (torch.ones(3, SIZE, SIZE), label_of([(1, 10, 10, 20, 24)])), empty()
     background = background[0] * 0.4, background[1]
-    soft = Synthesis(gain=(1, 1), offset=(0, 0), feather=2)
+    soft = Synthesis(gamma=(1, 1), gain=(1, 1), offset=(0, 0), feather=2)
     hard_image, hard = make(exemplar, background, dataclasses.replace(soft, feather=0), 3)
     image, label = make(exemplar, background, soft, 3)
     assert torch.equal(label, hard)

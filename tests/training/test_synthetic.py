@@ -19,8 +19,8 @@ from samadapt.errors import ConfigError
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
 from samadapt.training import train
-from samadapt.training.slices import SliceSampler, prepare
-from samadapt.training.synthetic import BANK, SyntheticSlices, synthetic_share
+from samadapt.training.slices import SliceSampler, few_slices, prepare
+from samadapt.training.synthetic import BANK, RANGES, SyntheticSlices, synthetic_share
 from samadapt.training.tokens import TokenSource
 from tiny import BACKBONES, SIZE, write_studies
 
@@ -59,7 +59,12 @@ def crowded(case):
     shown = sorted({index for indices in case.slices_of.values() for index in indices})
     renumbered = {label: [shown.index(n) for n in indices] for label, indices in case.slices_of.items()}
     return dataclasses.replace(
-        case, images=case.images[shown], labels=case.labels[shown], slices_of=renumbered, key=f"{case.key} crowded"
+        case,
+        images=case.images[shown],
+        labels=case.labels[shown],
+        slices_of=renumbered,
+        learned_from=range(len(shown)),
+        key=f"{case.key} crowded",
     )
 
 
@@ -96,6 +101,23 @@ def test_where_no_slice_is_empty_those_that_show_least_serve_and_people_are_told
     assert bank.remark
     areas = sorted(int((case.label(n) > 0).sum()) for case in full for n in range(len(case)))
     assert sorted(int((case.label(n) > 0).sum()) for case, n in bank.backgrounds) == areas[:3]
+
+
+def test_few_slices_of_a_case_are_all_that_samples_are_made_of(prepared):
+    few = [few_slices(case, 2, seed=3) for case in prepared]
+    bank = SyntheticSlices(few, seed=0)
+    allowed = {(case.id, index) for case in few for index in case.learned_from}
+    assert {(case.id, index) for case, index in [*bank.exemplars, *bank.backgrounds]} <= allowed
+
+
+def test_lesions_go_further_than_organs(prepared):
+    """The same structures, from the same seed: near their own places, and anywhere in the body."""
+    spread = {}
+    for name, ranges in RANGES.items():
+        bank = SyntheticSlices(prepared, 0, ranges=ranges)
+        found = [(bank.pair(n)[1] == 2).nonzero().float().mean(0) for n in range(60)]
+        spread[name] = torch.stack(found).nan_to_num(SIZE / 4).std(0).mean()
+    assert spread["lesions"] > 1.5 * spread["exemplar"]
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -181,13 +203,15 @@ def config(**values) -> AppConfig:
     return AppConfig.from_strings(given | values)
 
 
-@pytest.mark.parametrize("values", [{"recipe": "cheap_lunch"}, {"synthesis": "exemplar"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"recipe": "cheap_lunch"}, {"synthesis": "exemplar"}, {"synthesis": "lesions"}], ids=str
+)
 def test_a_training_with_synthesis_gives_a_model(studies, tiny_backbone, made, values):
     result = train(find_cases(studies), LABELS, config(**values), Project(studies))
     assert made
     assert result.published
     assert result.remarks == []
-    assert read_info(result.model).recipe.synthesis == "exemplar"
+    assert read_info(result.model).recipe.synthesis == values.get("synthesis", "exemplar")
     AdaptedModel.load(result.model)
 
 

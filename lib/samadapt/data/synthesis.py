@@ -24,6 +24,12 @@ EXEMPLARS = 10
 SMALLEST = 16
 """Pixels below which a structure shows too little to learn from."""
 
+BODY = 0.25
+"""Between a slice's darkest and brightest pixels: above it is the body, below it air."""
+
+SMOOTHNESS = 0.1
+"""Width of the Gaussian that smooths elastic displacements, in sides of the frame."""
+
 
 @dataclass(frozen=True)
 class Synthesis:
@@ -34,9 +40,12 @@ class Synthesis:
         anisotropy: largest ratio of these two factors, from 1.
         rotation: largest angle either way, degrees.
         shear: largest angle either way, degrees.
-        translation: largest distance either way along rows and along columns, in sides of the frame. 0.05 suits organs;
-            0.5 puts lesions almost anywhere.
+        translation: largest distance either way along rows and along columns, in sides of the frame.
+        relocate: probability, 0..1, that the centre goes anywhere in the body that the background shows, which suits
+            lesions, and not near its own place, which suits organs.
+        elastic: largest bend, as a distance in sides of the frame; 0 keeps straight lines straight.
         flip: probability, 0..1, of mirroring left to right. 0, since left and right may be classes.
+        gamma: smallest and largest exponent of the intensities, drawn for the background too.
         gain: smallest and largest factor of the intensities, drawn for the background too.
         offset: least and most that is then added to them, drawn for the background too; results are clipped to [0,1].
         brightness: lowest and highest mean, before clipping, that offsets may lead to: not all black, not all white.
@@ -50,12 +59,22 @@ class Synthesis:
     rotation: float = 30.0
     shear: float = 10.0
     translation: float = 0.05
+    relocate: float = 0.0
+    elastic: float = 0.0
     flip: float = 0.0
+    gamma: tuple[float, float] = (0.8, 1.25)
     gain: tuple[float, float] = (0.6, 1.6)
     offset: tuple[float, float] = (-0.2, 0.2)
     brightness: tuple[float, float] = (0.1, 0.9)
     feather: float = 0.0
     smallest: int = SMALLEST
+
+
+ORGANS = Synthesis()
+"""Near their own place, upright."""
+
+LESIONS = Synthesis(relocate=1.0, elastic=0.02, flip=0.5)
+"""Anywhere in the body, bent and mirrored."""
 
 
 class LabelledSlice(NamedTuple):
@@ -91,9 +110,14 @@ def synthesize(
     """
     image, label = background[0].numpy().copy(), background[1].numpy().copy()
     content = _content(image)
+    places = np.argwhere(_body(image, content)) if ranges.relocate else np.empty((0, 2))
     image[content] = _recoloured(image[content], True, ranges, random)
     source, classes = exemplar[0].numpy(), exemplar[1].numpy()
-    regions = [_cut(source, classes == n, int(n), content, ranges, random) for n in np.unique(classes) if n]
+    regions = [
+        _cut(source, classes == n, int(n), content, _moved(classes == n, places, ranges, random), ranges, random)
+        for n in np.unique(classes)
+        if n
+    ]
     for region in sorted(regions, key=lambda region: region.mask.sum(), reverse=True):
         if region.mask.sum() >= ranges.smallest:
             rows, columns = region.place
@@ -162,27 +186,57 @@ def _content(image: np.ndarray) -> tuple[slice, slice, slice]:
     return slice(None), slice(rows.max(initial=-1) + 1), slice(columns.max(initial=-1) + 1)
 
 
+def _body(image: np.ndarray, content: tuple[slice, slice, slice]) -> np.ndarray:
+    """(S,S) bool: the largest connected part of a frame (3,S,S) that is not dark, with its holes; black has none."""
+    mean = image.mean(axis=0)
+    if not mean.any():
+        return np.zeros(mean.shape, bool)
+    darkest, brightest = np.percentile(mean[content[1:]], (2, 98))
+    parts, count = ndimage.label(mean > darkest + BODY * (brightest - darkest))
+    if not count:
+        return np.zeros(mean.shape, bool)
+    return ndimage.binary_fill_holes(parts == 1 + np.bincount(parts[parts > 0] - 1).argmax())
+
+
+def _moved(mask: np.ndarray, places: np.ndarray, ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
+    """Row and column of where the centroid of ``mask`` goes: one of ``places`` (n,2), or near where it is."""
+    if len(places) and random.random() < ranges.relocate:
+        return places[random.integers(len(places))].astype(float)
+    shift = random.uniform(-ranges.translation, ranges.translation, 2) * mask.shape
+    return np.array(ndimage.center_of_mass(mask)) + shift
+
+
 def _cut(
     image: np.ndarray,
     mask: np.ndarray,
     label: int,
     content: tuple[slice, slice, slice],
+    moved: np.ndarray,
     ranges: Synthesis,
     random: np.random.Generator,
 ) -> _Region:
-    """The structure ``mask`` of an image, warped about its centroid, cut off outside ``content``, and recoloured."""
-    centre = np.array(ndimage.center_of_mass(mask))
+    """The structure ``mask`` of an image, warped about its centroid, which goes to ``moved``, cut off outside
+    ``content``, and recoloured."""
     back = np.linalg.inv(_linear(ranges, random))
-    moved = centre + random.uniform(-ranges.translation, ranges.translation, 2) * mask.shape
-    start = centre - back @ moved
-    whole = ndimage.affine_transform(mask.astype(np.uint8), back, start, order=0, mode="grid-constant")
+    start = np.array(ndimage.center_of_mass(mask)) - back @ moved
+    grid = np.indices(mask.shape, np.float64)
+    origins = np.einsum("ij,jrc->irc", back, grid) + start[:, None, None] + _bend(mask.shape, ranges, random)
+    whole = ndimage.map_coordinates(mask.astype(np.uint8), origins, order=0, mode="grid-constant")
     warped = np.zeros_like(whole)
     warped[content[1:]] = whole[content[1:]]
     place = next(iter(ndimage.find_objects(warped)), (slice(0, 0), slice(0, 0)))
-    inside = warped[place] > 0
-    start = start + back @ [axis.start for axis in place]
-    pixels = [ndimage.affine_transform(c, back, start, inside.shape, order=1, mode="nearest") for c in image]
+    inside, origins = warped[place] > 0, origins[:, place[0], place[1]]
+    pixels = [ndimage.map_coordinates(channel, origins, order=1, mode="nearest") for channel in image]
     return _Region(label, place, inside, _recoloured(np.stack(pixels), inside, ranges, random))
+
+
+def _bend(shape: tuple[int, ...], ranges: Synthesis, random: np.random.Generator) -> np.ndarray | float:
+    """(2,S,S) pixels: a smooth displacement, nowhere larger than ``ranges.elastic`` allows."""
+    if not ranges.elastic:
+        return 0.0
+    noise = ndimage.gaussian_filter(random.standard_normal((2, *shape)), (0, *(SMOOTHNESS * side for side in shape)))
+    largest = random.uniform(0, ranges.elastic) * max(shape)
+    return noise * (largest / np.linalg.norm(noise, axis=0).max())
 
 
 def _linear(ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
@@ -201,7 +255,9 @@ def _linear(ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
 def _recoloured(
     pixels: np.ndarray, counted: np.ndarray | bool, ranges: Synthesis, random: np.random.Generator
 ) -> np.ndarray:
-    """(3,h,w) times a gain plus an offset, clipped; the mean that limits the offset is over ``counted`` (h,w)."""
+    """(3,h,w) to the power of gamma, times a gain, plus an offset, clipped; the mean that limits the offset is over
+    ``counted`` (h,w)."""
+    pixels = pixels ** random.uniform(*ranges.gamma)
     gain, offset = random.uniform(*ranges.gain), random.uniform(*ranges.offset)
     where = np.broadcast_to(counted, pixels.shape)
     if where.any():

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from samadapt.data.synthesis import LabelledSlice, Synthesis, choose_exemplars, synthesize
+from samadapt.data.synthesis import LESIONS, ORGANS, LabelledSlice, Synthesis, choose_exemplars, synthesize
 from samadapt.training.slices import PreparedCase
 
-VERSION = 1
+VERSION = 2
 """Of how samples are made: raise it with any change, and no token of an old one is taken for a new one's."""
 
 BANK = 200
@@ -24,6 +24,9 @@ BACKGROUNDS = 200
 
 FEWEST = 0.25
 """Share of all slices that serve as backgrounds where each one shows a structure: those that show least."""
+
+RANGES = {"exemplar": ORGANS, "lesions": LESIONS}
+"""What is drawn for each kind of synthesis, by its name in recipes and settings."""
 
 Choice = Callable[[Sequence[LabelledSlice]], list[int]]
 
@@ -55,16 +58,16 @@ class SyntheticSlices:
         cases: Sequence[PreparedCase],
         seed: int,
         choose: Choice = choose_exemplars,
-        ranges: Synthesis | None = None,
+        ranges: Synthesis = ORGANS,
     ) -> None:
         self._seed = seed
-        self._ranges = ranges or Synthesis()
+        self._ranges = ranges
         shown = {(case, index): areas for case in cases for index, areas in _areas(case).items()}
         sources = list(shown)
         labelled = [LabelledSlice(case, areas) for (case, _), areas in shown.items()]
         self.exemplars = [sources[n] for n in choose(labelled)]
         self.backgrounds, self.remark = _backgrounds(cases, shown, seed)
-        self.share = synthetic_share(len(cases))
+        self.share = synthetic_share(len({case.id for case in cases}))
         self.key = self.view_key = self._digest()
 
     def __len__(self) -> int:
@@ -108,7 +111,7 @@ def _backgrounds(
     cases: Sequence[PreparedCase], shown: dict[Source, dict[int, int]], seed: int
 ) -> tuple[list[Source], str]:
     """Slices without a label, drawn evenly from all; where there are none, those that show least, and a remark."""
-    empty = [(case, index) for case in cases for index in range(len(case)) if (case, index) not in shown]
+    empty = [(case, index) for case in cases for index in case.learned_from if (case, index) not in shown]
     if empty:
         chosen = np.random.default_rng(seed).permutation(len(empty))[:BACKGROUNDS]
         return [empty[n] for n in sorted(chosen)], ""
