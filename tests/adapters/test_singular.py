@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from samadapt import backbones, recipes
 from samadapt.adapters import SingularAdapter
 from samadapt.adapters.singular import SingularLayer, SingularLinear, decompose
+from samadapt.errors import ConfigError
 from samadapt.heads import TextHead
 from samadapt.model import AdaptedModel
 from samadapt.training.losses import class_loss
@@ -87,6 +88,18 @@ def test_parameters_with_larger_encoders(name, values, norms):
     sizes = {name: p.numel() for name, p in backbone.named_parameters() if p.requires_grad}
     assert count(sizes, ".scale", ".shift") == values
     assert count(sizes, ".norm") == norms
+
+
+def test_the_reference_form_is_of_all_blocks(images):
+    adapter = SingularAdapter(reference=True)
+    own, stripped = (
+        recipes.build("s_sam", LABELS, BACKBONES["fused"](), adapter=a) for a in (SingularAdapter(), adapter)
+    )
+    assert set(own.trainable()) == set(stripped.trainable())
+    with torch.no_grad():
+        assert not torch.allclose(own.embed(images), stripped.embed(images), atol=1e-2)
+    with pytest.raises(ConfigError, match="every block"):
+        recipes.build("s_sam", LABELS, BACKBONES["fused"](), adapter=replace(adapter, blocks="late"))
 
 
 @torch.no_grad()

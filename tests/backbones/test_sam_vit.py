@@ -10,6 +10,7 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
 from samadapt import backbones
+from samadapt.backbones.sam_attention import strip
 from samadapt.backbones.sam_vit import build_sam_vit, resize_positions
 
 # 13 blocks: choosing blocks by the digits in a key's name would take 1, 10, 11 and 12 for global as well.
@@ -57,6 +58,21 @@ def test_embedding_is_sams(image_size):
     with torch.no_grad():
         expected = sam.image_encoder(sam.preprocess(images * 255.0))
         torch.testing.assert_close(backbone.embed(images), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("image_size", [64, 96])
+def test_a_stripped_encoder_is_the_package_s_by_its_defaults(image_size):
+    """What S-SAM's published code makes of a checkpoint: global attention, no relative positions, eps 1e-5."""
+    backbone = randomised(tiny(image_size))
+    sizes = {"embed_dim": SIZES["dim"], "depth": SIZES["depth"], "num_heads": SIZES["heads"]}
+    expected = ImageEncoderViT(img_size=image_size, **sizes).eval()
+    dropped = expected.load_state_dict(encoder_state(backbone), strict=False)
+    assert not dropped.missing_keys
+    for block in backbone.image_encoder.blocks:
+        strip(block)
+    images = torch.rand(2, 3, image_size, image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.image_encoder(images), expected(images), atol=1e-4, rtol=1e-4)
 
 
 def test_positions_are_untouched_at_the_trained_size():

@@ -91,6 +91,32 @@ def test_each_label_is_answered_as_a_prompt_by_sam(backbone):
 
 
 @torch.no_grad()
+def test_in_reference_form_nothing_has_a_place(backbone, clip):
+    """The published code's decoder, written out with SAM's own layers: no dense prompt, no positions, but tokens are
+    added to the queries of the last attention."""
+    head, image = build(backbone, clip=str(clip), reference=True), embeddings(backbone)
+    logits = head.class_logits(image, backbone.prompt_encoder)
+    decoder = backbone.mask_decoder
+    names = head.affine(head.vectors)[:, None]
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    for n in range(2):
+        keys = image[n : n + 1].flatten(2).transpose(1, 2).expand(len(names), -1, -1)
+        tokens = queries = torch.cat([own.expand(len(names), -1, -1), names], dim=1)
+        for number, layer in enumerate(decoder.transformer.layers):
+            attended = layer.self_attn(queries, queries, queries)
+            queries = layer.norm1(attended if number == 0 else queries + attended)
+            queries = layer.norm2(queries + layer.cross_attn_token_to_image(queries, keys, keys))
+            queries = layer.norm3(queries + layer.mlp(queries))
+            keys = layer.norm4(keys + layer.cross_attn_image_to_token(keys, queries, queries))
+        last = decoder.transformer.final_attn_token_to_image(queries + tokens, keys, keys)
+        queries = decoder.transformer.norm_final_attn(queries + last)
+        side = backbone.embedding_size
+        fine = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, (side, side)))
+        weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])
+        torch.testing.assert_close(logits[n, 1:], torch.einsum("kc,kchw->khw", weights, fine), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_labels_in_another_order_are_maps_in_another_order(backbone):
     image, order = embeddings(backbone), [2, 0, 1]
     given = build(backbone).class_logits(image, backbone.prompt_encoder)

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samadapt.adapters.base import Blocks, EncoderAdapter, choose
 from samadapt.backbones.base import Backbone
+from samadapt.backbones.sam_attention import strip
 from samadapt.backbones.weights import cache_folder
+from samadapt.errors import ConfigError
 from samadapt.files import cache_path
 
 PROBE_ERROR = 1e-3
@@ -119,16 +122,21 @@ class SingularAdapter(EncoderAdapter):
     Every linear layer of a block: qkv, the output projection of attention, both of the perceptron; with the last block
     also the neck's two convolutions; with all blocks also the absolute position embedding, where the encoder has one.
     The neck's norms stay, as in the published code. On a SAM ViT with all blocks these are exactly the parameters of
-    that code, so there is no other form for reference.
+    that code.
 
     Attributes:
         blocks: which blocks.
+        reference: run a SAM ViT as the published code does, see ``strip``. Its position embedding is resized as
+            everywhere here, bilinearly; there it is averaged.
     """
 
     kind = "singular"
     blocks: Blocks = None
+    reference: bool = False
 
     def inject(self, backbone: Backbone, seed: int) -> int | None:
+        if self.reference:
+            self._strip(backbone)
         encoder, steps = backbone.image_encoder, backbone.image_encoder.steps()
         paths = {layer.block: layer.name.removesuffix(".attn.qkv") for layer in backbone.attention_layers()}
         chosen = choose(self.blocks, list(paths), backbone.late_block)
@@ -140,6 +148,14 @@ class SingularAdapter(EncoderAdapter):
         if embedding is not None and chosen == list(range(len(steps))):
             backbone.set_submodule(paths[0], PositionedBlock(steps[0][0], embedding))
         return chosen[0]
+
+    def _strip(self, backbone: Backbone) -> None:
+        if self.blocks is not None:
+            raise ConfigError(
+                "the reference form changes every block", where="blocks", remedy="Leave blocks or the form out."
+            )
+        for (block,) in filter(lambda step: isinstance(step[0], Block), backbone.image_encoder.steps()):
+            strip(block)
 
     @torch.no_grad()
     def merge(self, backbone: Backbone) -> None:

@@ -67,3 +67,25 @@ def fuse(block: Block) -> None:
     """Let a block of the package compute as ``FusedBlock`` does, in place; its parameters stay where they are."""
     block.__class__ = FusedBlock
     block.attn.__class__ = FusedAttention
+
+
+class PlainAttention(Attention):
+    """(B,rows,columns,dim) -> the same shape, from the parameters of ``Attention`` without the tables of positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
+        found = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return self.proj(found.transpose(1, 2).flatten(2)).view_as(x)
+
+
+def strip(block: Block) -> None:
+    """Let a block attend over the whole image, blind to distances, with the norms' eps at 1e-5, in place.
+
+    So S-SAM's published code runs SAM's weights (arXiv 2408.06447): built with the class's defaults, it drops windows
+    and tables of relative positions without a word.
+    """
+    block.__class__ = FusedBlock
+    block.window_size = 0
+    block.attn.__class__ = PlainAttention
+    block.attn.use_rel_pos = False
+    block.norm1.eps = block.norm2.eps = 1e-5

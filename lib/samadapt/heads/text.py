@@ -14,7 +14,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.errors import ConfigError, WeightsError
 from samadapt.heads.base import Head, HeadConfig
 from samadapt.heads.sam_decoder import decode_masks, image_position, upscale
-from samadapt.heads.two_way import two_way
+from samadapt.heads.two_way import two_way, two_way_without_positions
 from samadapt.text import TextEncoder, text_encoder
 
 
@@ -55,11 +55,21 @@ class LabelDecoder(nn.Module):
         self.own_tokens = nn.Parameter(torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).detach())
         self.hypernetworks = copy.deepcopy(decoder.output_hypernetworks_mlps[:1])
 
-    def forward(self, image: Tensor, prompts: Tensor, place: Tensor) -> Tensor:
-        """Image (1,256,g,g) with its dense prompt, K prompts (K,T,256), position (1,256,g,g) -> (K,4g,4g)."""
+    def forward(self, image: Tensor, dense: Tensor, prompts: Tensor, place: Tensor) -> Tensor:
+        """Image (1,256,g,g), dense prompt (1,256,g,g), K prompts (K,T,256), position (1,256,g,g) -> (K,4g,4g)."""
         tokens = torch.cat([self.own_tokens.expand(len(prompts), -1, -1), prompts], dim=1)
-        hidden, image = two_way(self.transformer, image, place, tokens)
+        hidden, image = self._transform(image, dense, place, tokens)
         return decode_masks(hidden[:, 1:2], self.hypernetworks, upscale(self.upscaling, image))[:, 0]
+
+    def _transform(self, image: Tensor, dense: Tensor, place: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return two_way(self.transformer, image + dense, place, tokens)
+
+
+class BareLabelDecoder(LabelDecoder):
+    """The same as S-SAM's published code has it: no dense prompt, and no positions in its transformer."""
+
+    def _transform(self, image: Tensor, dense: Tensor, place: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return two_way_without_positions(self.transformer, image, tokens)
 
 
 class TextDecoderHead(Head):
@@ -74,7 +84,7 @@ class TextDecoderHead(Head):
     The decoder runs once per label, so its time and memory grow with K. Clicks and boxes are left to the plain model.
 
     Args:
-        decoder: the base model's mask decoder; its parts are copied, frozen.
+        decoder: what finds a label's mask; frozen here.
         vectors: (K,d) of the labels; NaN where they are unknown until a model file is loaded.
         affine: from d to 256.
         missing: why vectors are unknown; raised where they are needed.
@@ -84,10 +94,10 @@ class TextDecoderHead(Head):
     vectors: Tensor
 
     def __init__(
-        self, decoder: MaskDecoder, vectors: Tensor, affine: TextAffine, missing: WeightsError | None = None
+        self, decoder: LabelDecoder, vectors: Tensor, affine: TextAffine, missing: WeightsError | None = None
     ) -> None:
         super().__init__()
-        self.labels = LabelDecoder(decoder).requires_grad_(False)
+        self.labels = decoder.requires_grad_(False)
         like = self.labels.own_tokens
         self.affine = affine.to(like.device, like.dtype)
         self.register_buffer("vectors", vectors.to(like.device, like.dtype))
@@ -108,7 +118,7 @@ class TextDecoderHead(Head):
         names = self.affine(self.vectors)[:, None]
         prompts = torch.cat([empty.expand(len(names), -1, -1), names], dim=1)
         place = image_position(prompt_encoder, embeddings)
-        maps = torch.stack([self.labels(image[None], prompts, place) for image in embeddings + dense])
+        maps = torch.stack([self.labels(image[None], dense, prompts, place) for image in embeddings])
         return torch.cat([torch.zeros_like(maps[:, :1]), maps], dim=1)
 
 
@@ -126,7 +136,8 @@ class TextHead(HeadConfig):
     Attributes:
         clip: folder of CLIP ViT-B/32, whose text encoder then reads the names; None reads them with word vectors. A
             model file holds the vectors, so it needs no folder.
-        reference: the form of the published code: CLIP, BatchNorm behind the affine layer, norms alone in the decoder.
+        reference: the form of the published code: CLIP, BatchNorm behind the affine layer, norms alone in the decoder,
+            and ``BareLabelDecoder``.
     """
 
     kind = "text"
@@ -144,7 +155,8 @@ class TextHead(HeadConfig):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             affine = TextAffine(encoder.width, (nn.BatchNorm1d if self.reference else nn.LayerNorm)(EMBED_DIM))
-        head = TextDecoderHead(backbone.mask_decoder, vectors, affine, missing)
+        decoder = (BareLabelDecoder if self.reference else LabelDecoder)(backbone.mask_decoder)
+        head = TextDecoderHead(decoder, vectors, affine, missing)
         self._release(head.labels)
         return head
 

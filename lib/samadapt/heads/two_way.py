@@ -34,10 +34,25 @@ def two_way(transformer: TwoWayTransformer, image: Tensor, position: Tensor, tok
         Tokens (N,T,256) and image tokens (N,g*g,256).
     """
     image, position = (x.flatten(2).transpose(1, 2).contiguous() for x in (image, position))
+    return _through(transformer, image, position, tokens, tokens)
+
+
+def two_way_without_positions(transformer: TwoWayTransformer, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``two_way``, but nothing has a place, except that the last attention still adds the tokens to its queries: the
+    transformer that S-SAM's published code runs with SAM's weights."""
+    image = image.flatten(2).transpose(1, 2).contiguous()
+    nowhere = torch.zeros_like(image[:1, :1])
+    return _through(transformer, image, nowhere, tokens, torch.zeros_like(tokens))
+
+
+def _through(
+    transformer: TwoWayTransformer, image: Tensor, position: Tensor, tokens: Tensor, places: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``two_way`` on image tokens (N or 1,P,256), with what both blocks take for the places of the prompt tokens."""
     queries = tokens
     for block in transformer.layers:
         assert isinstance(block, TwoWayAttentionBlock)
-        queries, image = _block(block, queries, image, tokens, position)
+        queries, image = _block(block, queries, image, places, position)
     queries = queries + _read_image(transformer.final_attn_token_to_image, queries + tokens, image + position, image)
     return transformer.norm_final_attn(queries), image
 
