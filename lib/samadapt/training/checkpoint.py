@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samadapt.files import atomic_path
@@ -17,9 +17,17 @@ from samadapt.files import atomic_path
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Write the parameters, AdamW's moments of each, and ``state`` (JSON), atomically."""
+def save(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    optimizer: Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Write the parameters, AdamW's moments of each, what else training changes (the statistics of norms), and
+    ``state`` (JSON), atomically."""
     tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    tensors |= {f"buffer.{name}": buffer.cpu().contiguous() for name, buffer in buffers.items()}
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
             if moment in optimizer.state.get(parameter, {}):
@@ -39,10 +47,12 @@ def peek(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-    """Copy a checkpoint's parameters and moments back; it must be of the same model and optimiser."""
+def restore(path: Path, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: Optimizer) -> None:
+    """Copy back what ``save`` wrote; it must be of the same model and optimiser."""
     with safe_open(path, framework="pt") as file, torch.no_grad():
         names = set(file.keys())
+        for name, buffer in buffers.items():
+            buffer.copy_(file.get_tensor(f"buffer.{name}"))
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"parameter.{name}"))
             moments = {m: file.get_tensor(f"{m}.{name}") for m in _MOMENTS if f"{m}.{name}" in names}

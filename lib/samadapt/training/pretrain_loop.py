@@ -110,7 +110,7 @@ class PretrainTrainer:
         state = checkpoint.peek(self._file)
         if state is None:
             return False
-        checkpoint.restore(self._file, self._parameters, self._optimizer)
+        checkpoint.restore(self._file, self._parameters, {}, self._optimizer)
         self.progress = PretrainProgress(**state["progress"])
         self.images_changed = state["images"] != self._images
         return True
@@ -161,7 +161,7 @@ class PretrainTrainer:
         started = time.monotonic()
         progress = {**asdict(self.progress), "seconds": self._seconds()}
         state = {"settings": self._settings, "images": self._images, "progress": progress}
-        checkpoint.save(self._file, self._parameters, self._optimizer, state)
+        checkpoint.save(self._file, self._parameters, {}, self._optimizer, state)
         self._saved = time.monotonic()
         self._saving = self._saved - started
 

@@ -10,7 +10,7 @@ from samadapt.model import AdaptedModel
 from samadapt.training.loop import Budget, Progress, Trainer
 from samadapt.training.slices import PreparedCase
 
-SECONDS = 15.0
+SECONDS = 10.0
 STEPS = 400
 ROUNDS = 3
 
