@@ -118,6 +118,27 @@ def test_acquisition_axis(spacing, shape, axis):
 
 
 @pytest.mark.parametrize(
+    ("spacing", "shape", "axes"),
+    [
+        ((1, 1, 1), (20, 20, 20), (2, 1, 0)),
+        ((1.1, 1, 1), (20, 20, 20), (2, 1, 0)),
+        ((1, 1, 3), (20, 20, 20), (2,)),
+        ((3, 1, 1), (20, 20, 20), (0,)),
+        ((1, 1, 1), (20, 20, 1), (2,)),
+        ((1, 1, 1), (20, 6, 20), (2,)),
+    ],
+)
+def test_all_planes_only_of_volumes_with_nearly_cubic_voxels(spacing, shape, axes):
+    geometry = Geometry(shape, np.diag([*spacing, 1.0]))
+    assert geometry.slice_axes("all") == axes
+    assert geometry.slice_axes("acquisition") == (geometry.acquisition_axis,)
+
+
+def test_pictures_have_one_plane():
+    assert Geometry((20, 20, 20), np.eye(4), in_space=False).slice_axes("all") == (2,)
+
+
+@pytest.mark.parametrize(
     "affine",
     [np.zeros((4, 4)), np.diag([1.0, 1, 0, 1]), np.full((4, 4), np.nan), np.ones((4, 4)), np.eye(3)],
 )

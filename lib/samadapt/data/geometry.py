@@ -17,6 +17,9 @@ LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 THICK_SLICE_RATIO = 1.2
 """An axis whose spacing exceeds the next largest by more than this is the one the slices were acquired along."""
 
+FEWEST_SLICES = 16
+"""A volume with fewer voxels along one of its axes is looked at in its acquisition plane alone."""
+
 MISMATCH_VOXELS = 0.2
 """Two grids are the same when no corner voxel lies further apart than this part of the smallest spacing."""
 
@@ -72,6 +75,19 @@ class Geometry:
         order = np.argsort(self.spacing)
         thickest, second = self.spacing[order[2]], self.spacing[order[1]]
         return int(order[2]) if thickest > THICK_SLICE_RATIO * second else 2
+
+    def slice_axes(self, planes: str) -> tuple[int, ...]:
+        """The axes to step along slice by slice, the acquisition axis first.
+
+        Args:
+            planes: "acquisition"; or "all": of a volume whose voxels are nearly cubes all three axes, of any other the
+                acquisition axis, because across it the other planes' pixels are far from square.
+        """
+        first = self.acquisition_axis
+        cubes = self.in_space and max(self.spacing) <= THICK_SLICE_RATIO * min(self.spacing)
+        if planes == "acquisition" or not cubes or min(self.shape) < FEWEST_SLICES:
+            return (first,)
+        return first, *(axis for axis in (2, 1, 0) if axis != first)
 
     @property
     def orientation(self) -> str:

@@ -18,7 +18,7 @@ def embed_volume(
     progress: Callable[[int, int], None] | None = None,
     wait: Callable[[], None] | None = None,
 ) -> int:
-    """Put the embedding of every slice along the acquisition plane into the cache, one after the other.
+    """Put the embedding of every slice, in every plane that the model looks at, into the cache, one after the other.
 
     Args:
         model: the one that will answer.
@@ -30,16 +30,19 @@ def embed_volume(
     Returns:
         How many slices were encoded.
     """
-    info = model.info
-    view = ModelView(volume, info.window, info.context, info.image_size)
-    encoder = SliceEncoder(model, cache)
-    encoded = 0
-    for index in range(len(view)):
-        if not encoder.has(view, index):
-            if wait:
-                wait()
-            encoder.embeddings(view, [index])
-            encoded += 1
-        if progress:
-            progress(index + 1, len(view))
+    info, encoder = model.info, SliceEncoder(model, cache)
+    axes = volume.geometry.slice_axes(info.planes)
+    total = sum(volume.geometry.shape[axis] for axis in axes)
+    encoded = done = 0
+    for axis in axes:
+        view = ModelView(volume, info.window, info.context, info.image_size, axis)
+        for index in range(len(view)):
+            if not encoder.has(view, index):
+                if wait:
+                    wait()
+                encoder.embeddings(view, [index])
+                encoded += 1
+            done += 1
+            if progress:
+                progress(done, total)
     return encoded

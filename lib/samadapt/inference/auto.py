@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from samadapt.data.slice_cache import SliceCache
-from samadapt.data.slices import put_slice
+from samadapt.data.slices import put_slice, take_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.encoding import SliceEncoder
@@ -17,6 +18,9 @@ from samadapt.model import AdaptedModel
 
 BATCH_PIXELS = 16 * 128 * 128
 """Pixels of one encoder batch: about 1 GB of activations with LiteMedSAM."""
+
+LARGEST_VOTES = 4 * 2**30
+"""Bytes beyond which several planes are not averaged: what they say of every voxel and class is in memory at once."""
 
 
 def segment(
@@ -45,20 +49,66 @@ def segment(
     if not model.info.trained:
         return np.zeros(volume.geometry.shape, dtype=np.uint8)
     info = model.info
-    view = ModelView(volume, info.window, info.context, info.image_size)
-    result = np.zeros(view.turn.turned.shape, dtype=np.uint8)
-    batch = max(1, BATCH_PIXELS // info.image_size**2)
-    encoder = SliceEncoder(model, cache)
+    axes = volume.geometry.slice_axes(info.planes)
+    if 2 * len(kept) * math.prod(volume.geometry.shape) > LARGEST_VOTES:
+        axes = axes[:1]
+    counted = _Counted(progress, sum(volume.geometry.shape[axis] for axis in axes))
+    views = (ModelView(volume, info.window, info.context, info.image_size, axis) for axis in axes)
     with torch.inference_mode():
-        for start in range(0, len(view), batch):
-            indices = range(start, min(start + batch, len(view)))
-            logits = model.class_logits(encoder.embeddings(view, indices))
-            for index, slice_logits in zip(indices, logits, strict=True):
-                found = view.frame.logits_to_native(slice_logits).argmax(dim=0)
-                put_slice(result, view.axis, index, kept[found.cpu().numpy()])
-            if progress:
-                progress(indices.stop, len(view))
+        if len(axes) == 1:
+            return _one_plane(model, next(views), kept, cache, counted)
+        return _voted(model, views, kept, cache, counted)
+
+
+class _Counted:
+    """Tells how many slices of all planes are done."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress = progress
+        self._done = 0
+        self._total = total
+
+    def one_more(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _one_plane(
+    model: AdaptedModel, view: ModelView, kept: np.ndarray, cache: SliceCache | None, counted: _Counted
+) -> np.ndarray:
+    """The best class of every voxel."""
+    result = np.zeros(view.turn.turned.shape, dtype=np.uint8)
+    for index, logits in _logits(model, view, cache):
+        put_slice(result, view.axis, index, kept[logits.argmax(dim=0).cpu().numpy()])
+        counted.one_more()
     return np.ascontiguousarray(view.turn.back(result))
+
+
+def _voted(
+    model: AdaptedModel, views: Iterator[ModelView], kept: np.ndarray, cache: SliceCache | None, counted: _Counted
+) -> np.ndarray:
+    """The class of every voxel that is likeliest by the mean over planes."""
+    votes: np.ndarray | None = None
+    for view in views:
+        if votes is None:
+            votes = np.zeros((len(kept), *view.turn.turned.shape), dtype=np.float16)
+        for index, logits in _logits(model, view, cache):
+            for sum_of_votes, share in zip(votes, logits.softmax(dim=0).cpu().numpy(), strict=True):
+                take_slice(sum_of_votes, view.axis, index)[...] += share
+            counted.one_more()
+    assert votes is not None
+    return np.ascontiguousarray(view.turn.back(kept[votes.argmax(axis=0)]))
+
+
+def _logits(model: AdaptedModel, view: ModelView, cache: SliceCache | None) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each slice's number and class logits (K+1,H,W) at its own resolution."""
+    batch = max(1, BATCH_PIXELS // model.info.image_size**2)
+    encoder = SliceEncoder(model, cache)
+    for start in range(0, len(view), batch):
+        indices = range(start, min(start + batch, len(view)))
+        for index, logits in zip(indices, model.class_logits(encoder.embeddings(view, indices)), strict=True):
+            yield index, view.frame.logits_to_native(logits)
 
 
 def _kept(model: AdaptedModel, classes: Sequence[str] | None) -> np.ndarray:
