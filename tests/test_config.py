@@ -57,6 +57,10 @@ def test_an_unknown_key_lists_the_valid_ones_and_guesses():
         ("max_train_minutes", "soon", "number from"),
         ("max_train_minutes", "nan", "number from"),
         ("max_steps", "1.5", "whole number"),
+        ("form", "paper", "reference"),
+        ("clip", "/nowhere", "No such folder"),
+        ("ladder_weights", "/nowhere/w.pth", "No such file"),
+        ("slices_per_case", "0", "whole number"),
     ],
 )
 def test_a_bad_value_names_key_and_remedy(key, value, needle):

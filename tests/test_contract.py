@@ -12,10 +12,12 @@ from segment_anything.modeling import Sam
 
 import one_slice
 from samadapt import recipes
-from samadapt.adapters import LoraConfig
+from samadapt.adapters import Ladder, LoraConfig
 from samadapt.adapters.qkv import fuse_attention
 from samadapt.backbones.base import IMAGES
+from samadapt.config import AppConfig
 from samadapt.errors import ConfigError, InputError, StateError
+from samadapt.heads import TextHead
 from samadapt.model import AdaptedModel, read_info
 from samadapt.training.losses import class_loss, prompt_loss
 from tiny import BACKBONES, SIZE
@@ -359,3 +361,26 @@ def _environment():
 
     tests = Path(__file__).parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent / "lib"), str(tests)])}
+
+
+def test_settings_reach_the_parts_that_they_are_for(tmp_path):
+    weights = tmp_path / "resnet18.pth"
+    weights.write_bytes(b"x")
+    clip = recipes.configured(AppConfig.from_strings({"recipe": "s_sam", "clip": str(tmp_path)}))
+    assert clip.head == TextHead(clip=str(tmp_path))
+    ladder = recipes.configured(AppConfig.from_strings({"recipe": "sam_lst", "ladder_weights": str(weights)}))
+    assert ladder.side == Ladder(weights=str(weights))
+    published = recipes.configured(AppConfig.from_strings({"recipe": "s_sam", "form": "reference"}))
+    assert published == recipes.reference("s_sam")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"clip": "FOLDER"}, {"recipe": "s_sam", "ladder_weights": "FILE"}, {"recipe": "lora", "form": "reference"}],
+)
+def test_settings_that_are_for_nothing_are_refused(tmp_path, values):
+    (tmp_path / "file").write_bytes(b"x")
+    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file")}
+    config = AppConfig.from_strings({key: places.get(text, text) for key, text in values.items()})
+    with pytest.raises(ConfigError, match=next(key for key in values if key != "recipe")):
+        recipes.configured(config)

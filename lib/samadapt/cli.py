@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="The backbone's 
 def main() -> None:
     """Run the command line. Errors become one message (or JSON object) and an exit code, never a traceback."""
     keep_freed_memory()
+    # MONAI's import of a network that is not used here; nothing that whoever runs a command could change.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)
     try:
         code = app(standalone_mode=False)
         if code == STOPPED:  # what typer makes of Ctrl-C, without a word
@@ -218,8 +221,9 @@ def synthesize(
     label_map = _label_map(studies, cases, project, config.labels)
     from samadapt.data.synthesis import choose_exemplars, random_exemplars
     from samadapt.evaluation import contact_sheet
-    from samadapt.training.synthetic import SyntheticSlices
+    from samadapt.training.synthetic import RANGES, SyntheticSlices
 
+    kind = config.synthesis if config.synthesis in RANGES else "exemplar"
     with terminal(as_json=as_json) as out, out.bar("reading the labelled cases") as update:
 
         def show(done: int, total: int) -> None:
@@ -227,13 +231,14 @@ def synthesize(
 
         with contact_sheet.training_slices(cases, label_map, config, project, show) as prepared:
             choose = partial(random_exemplars, seed=seed) if blind else choose_exemplars
-            bank = SyntheticSlices(prepared, seed, choose)
+            bank = SyntheticSlices(prepared, seed, choose, RANGES[kind])
             areas = contact_sheet.draw(bank, label_map, count, output)
         exemplars = [{"case": case.id, "slice": index} for case, index in bank.exemplars]
         value = {
             "sheet": output,
             "labels": label_map.to_dict(),
             "seed": seed,
+            "synthesis": kind,
             "exemplars": exemplars,
             "backgrounds": len(bank.backgrounds),
             "share": bank.share,
@@ -358,7 +363,7 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     from samadapt.server.models import Models
 
     failed: list[dict[str, Any]] = []
-    encoded = 0
+    encoded = slices = 0
     with terminal(as_json=as_json) as out:
         with out.bar("loading the model") as update:
             models = Models(config, project)
@@ -371,15 +376,25 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
                     update(completed=done, total=total)
 
                 try:
-                    encoded += embed_volume(served.model, read_volume(case.image), models.cache, show)
+                    volume = read_volume(case.image)
+                    axes = volume.geometry.slice_axes(served.model.info.planes)
+                    slices += sum(volume.geometry.shape[axis] for axis in axes)
+                    encoded += embed_volume(served.model, volume, models.cache, show)
                 except InputError as error:
                     failed.append({"id": case.id, **error.to_dict()})
                     out.note(f"{case.id}: {error}")
         gib = models.cache.bytes_used() / 2**30
-        value = {"model": served.version, "images": len(cases), "slices_encoded": encoded, "cache_gib": gib}
+        value = {
+            "model": served.version,
+            "images": len(cases),
+            "slices": slices,
+            "slices_encoded": encoded,
+            "cache_gib": gib,
+        }
         full = "" if models.cache.filled() < 0.9 else " It is full: raise --conf cache_gib, or the oldest go."
         ending = (
-            f"{encoded} slices of {len(cases)} images encoded for the model {served.version}; "
+            f"{encoded} of {slices} slices in {len(cases)} images encoded for the model {served.version}, "
+            f"the others were there; "
             f"the cache has {gib:.2f} of {config.cache_gib:g} GiB.{full}"
         )
         out.result({**value, "failed": failed}, ending)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from samadapt.data.labels import LabelMap
 
 BACKBONES = ("lite_medsam", "mobile_sam", "sam_vit_b", "sam_vit_l", "sam_vit_h")
-SYNTHESES = ("none", "exemplar")
+SYNTHESES = ("none", "exemplar", "lesions")
+FORMS = ("own", "reference")
+PLANES = ("acquisition", "all")
 
 
 def closest(word: str, known: Sequence[str]) -> str:
@@ -40,6 +42,13 @@ def _file(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_file():
         raise ValueError("No such file.")
+    return path.resolve()
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ValueError("No such folder.")
     return path.resolve()
 
 
@@ -71,6 +80,10 @@ def _context(text: str) -> int | None:
 
 def _seed(text: str) -> int | None:
     return None if text == "auto" else _number(0, 2**31 - 1)(text)
+
+
+def _slices(text: str) -> int | None:
+    return None if text == "all" else _number(1, 10**4)(text)
 
 
 def _synthesis(text: str) -> str | None:
@@ -142,11 +155,38 @@ class AppConfig:
         default=None,
         metadata=_about("neighbouring slices on each side as input channels: 0, 1, or 'auto' (the recipe's)", _context),
     )
+    planes: str = field(
+        default="acquisition",
+        metadata=_about(
+            "planes in which volumes are learned and segmented: 'acquisition', or 'all' (where voxels are nearly "
+            "cubes: three answers, averaged)",
+            _one_of(lambda: PLANES),
+        ),
+    )
     synthesis: str | None = field(
         default=None,
         metadata=_about(
-            "synthetic slices to learn from, made of a few labelled ones: 'none', 'exemplar', or 'auto' (the recipe's)",
+            "synthetic slices to learn from, made of a few labelled ones: 'none', 'exemplar' (organs, near their own "
+            "place), 'lesions' (anywhere in the body), or 'auto' (the recipe's)",
             _synthesis,
+        ),
+    )
+    form: str = field(
+        default="own",
+        metadata=_about("'own', or 'reference': a paper's recipe as its published code has it", _one_of(lambda: FORMS)),
+    )
+    clip: Path | None = field(
+        default=None,
+        metadata=_about("folder of CLIP ViT-B/32, which then reads label names (recipe s_sam)", _folder),
+    )
+    ladder_weights: Path | None = field(
+        default=None,
+        metadata=_about("torchvision's ResNet-18 weights for the network beside the encoder (recipe sam_lst)", _file),
+    )
+    slices_per_case: int | None = field(
+        default=None,
+        metadata=_about(
+            "learn from so many slices of each case, drawn from those that show a structure; 'all' by default", _slices
         ),
     )
     max_train_minutes: float = field(

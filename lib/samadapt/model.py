@@ -37,6 +37,7 @@ class ModelInfo:
         image_size: side S of the square input, pixels.
         context: neighbouring slices on each side that fill the input channels: 1 gives slices i-1, i, i+1; 0 the
             slice itself three times.
+        planes: in which a volume is looked at, see ``Geometry.slice_axes``; what several say is averaged.
         window: intensity window; None for a model that has seen no data (each volume then gets its default).
         trained: whether it has learned ``labels`` from any case.
         answers_prompts: whether it answers clicks and boxes at least as well as its base does; else the base should.
@@ -49,6 +50,7 @@ class ModelInfo:
     weights_sha256: str
     image_size: int
     context: int = 0
+    planes: str = "acquisition"
     window: Window | None = None
     trained: bool = False
     answers_prompts: bool = True
@@ -65,6 +67,7 @@ class ModelInfo:
             "weights_sha256": self.weights_sha256,
             "image_size": self.image_size,
             "context": self.context,
+            "planes": self.planes,
             "window": self.window.to_dict() if self.window else None,
             "trained": self.trained,
             "answers_prompts": self.answers_prompts,
@@ -90,6 +93,7 @@ class ModelInfo:
                 weights_sha256=value["weights_sha256"],
                 image_size=int(value["image_size"]),
                 context=int(value["context"]),
+                planes=str(value.get("planes", "acquisition")),
                 window=Window.from_dict(value["window"]) if value["window"] else None,
                 trained=bool(value["trained"]),
                 answers_prompts=bool(value.get("answers_prompts", True)),
@@ -216,6 +220,11 @@ class AdaptedModel(nn.Module):
         """
         parameters = dict(self.named_parameters())
         return {name: parameters[name] for name in self._trainable if name in parameters}
+
+    def learned_buffers(self) -> dict[str, Tensor]:
+        """Tensors that are no parameters and may change in training all the same, by name: the statistics of norms."""
+        kept = self.kept()
+        return {name: buffer for name, buffer in self.named_buffers() if name in kept}
 
     def kept(self) -> dict[str, Tensor]:
         """Every tensor that differs from the base or cannot be rebuilt from it, by name: what a model file holds."""

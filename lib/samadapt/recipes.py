@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from samadapt import adapters, heads
 from samadapt.adapters import (
@@ -59,7 +59,8 @@ class Recipe:
         batch_size: slices per step.
         copies: augmented copies of each slice; what is frozen runs once for each of them.
         prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
-        synthesis: "exemplar": it learns from ``samadapt.training.synthetic`` slices beside the real ones; or "none".
+        synthesis: "exemplar" or "lesions": it learns from ``samadapt.training.synthetic`` slices beside the real ones;
+            or "none".
         seed: of all randomness.
     """
 
@@ -279,12 +280,12 @@ def _study_reference(recipe: Recipe) -> Recipe:
 
 
 def configured(config: AppConfig) -> Recipe:
-    """The recipe of ``config`` with its blocks, context, synthesis and seed, where it sets them.
+    """The recipe of ``config`` in its form, with its blocks, context, synthesis, seed and weights, where it sets them.
 
     Raises:
-        ConfigError: the recipe adapts no blocks.
+        ConfigError: the recipe has no form for reference, adapts no blocks, or has nothing that such weights are for.
     """
-    recipe = get(config.recipe)
+    recipe = get(config.recipe) if config.form == "own" else _published_form(config.recipe)
     if config.context is not None:
         recipe = replace(recipe, context=config.context)
     if config.seed is not None:
@@ -298,7 +299,28 @@ def configured(config: AppConfig) -> Recipe:
             )
         blocks = None if config.blocks == "all" else config.blocks
         recipe = replace(recipe, adapter=replace(recipe.adapter, blocks=blocks))  # type: ignore[call-arg]
+    if config.clip is not None:
+        head = _must_be(recipe.head, TextHead, "clip", recipe)
+        recipe = replace(recipe, head=replace(head, clip=str(config.clip)))
+    if config.ladder_weights is not None:
+        side = _must_be(recipe.side, Ladder, "ladder_weights", recipe)
+        recipe = replace(recipe, side=replace(side, weights=str(config.ladder_weights)))
     return recipe
+
+
+def _published_form(name: str) -> Recipe:
+    if name not in papers():
+        raise ConfigError(f"the recipe {name} is of no paper", where="form", remedy=closest(name, papers()))
+    return reference(name)
+
+
+_P = TypeVar("_P")
+
+
+def _must_be(part: object, kind: type[_P], key: str, recipe: Recipe) -> _P:
+    if not isinstance(part, kind):
+        raise ConfigError(f"the recipe {recipe.name} has nothing that it is for", where=key, remedy="Omit it.")
+    return part
 
 
 def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = None) -> dict[str, Any]:

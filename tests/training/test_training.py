@@ -11,25 +11,29 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from samadapt import recipes
+from samadapt.adapters import Ladder
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
-from samadapt.data.volume import read_volume
+from samadapt.data.volume import read_label, read_volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError, StateError
 from samadapt.files import sha256_of
 from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
-from samadapt.training import train
+from samadapt.training import checkpoint, train
 from samadapt.training.ledger import Ledger
-from samadapt.training.slices import SliceSampler, prepare
+from samadapt.training.loop import Trainer
+from samadapt.training.slices import SliceSampler, few_slices, prepare
 from tiny import BACKBONES, write_studies
 
 LABELS = LabelMap(("bright", "dark"))
@@ -104,6 +108,74 @@ def test_batches_depend_on_seed_and_number_alone(studies, tmp_path):
     for number in (7, 2):
         assert all(torch.equal(a, b) for a, b in zip(first.batch(number), second.batch(number), strict=True))
     assert not torch.equal(first.batch(7)[0], first.batch(8)[0])
+
+
+def cubic(studies):
+    """The same studies with voxels of 1 mm; 6 slices are enough to be looked at from the side."""
+    for path in studies.rglob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), np.diag([-1.0, -1.0, 1.0, 1.0])), path)
+
+
+def test_planes_of_a_case_show_the_same_voxels(studies, tmp_path):
+    cubic(studies)
+    cases = [case for case in find_cases(studies) if case.label]
+    words = (cases, LABELS, Window("percentile", 0.5, 99.5), 1, 64, tmp_path / "slices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samadapt.data.geometry.FEWEST_SLICES", 6)
+        prepared = prepare(*words, planes="all")
+    first = [case for case in prepared if case.id == "case_0"]
+    assert [(case.plane, len(case)) for case in first] == [(0, 6), (1, 30), (2, 36)]
+    label = read_label(cases[0].label, read_volume(cases[0].image).geometry)
+    for case, axis in zip(first, (2, 1, 0), strict=True):
+        for number in (1, 2):
+            shown = np.flatnonzero((label == number).any(axis=tuple(a for a in range(3) if a != axis)))
+            assert len(case.slices_of[number]) == len(shown)
+    assert len({case.view_key for case in prepared}) == len(prepared) == 15
+    again = prepare(*words, planes="acquisition")
+    assert [case.plane for case in again] == [0] * 5
+    assert len({path.name.split(".")[0] for path in (tmp_path / "slices").iterdir()}) == 5
+
+
+def test_a_training_looks_at_all_planes_where_it_is_told_to(studies, monkeypatch):
+    cubic(studies)
+    monkeypatch.setattr("samadapt.data.geometry.FEWEST_SLICES", 6)
+    drawn = set()
+    load = SliceSampler.load
+    monkeypatch.setattr(SliceSampler, "load", lambda self, d: drawn.add((d.copy, d.case.plane)) or load(self, d))
+    config = dataclasses.replace(settings_for(4), planes="all")
+    info = read_info(train(find_cases(studies), LABELS, config, Project(studies)).model)
+    assert info.planes == "all"
+    assert len(info.training["cases"]) == len(set(info.training["cases"])) == 4
+    assert {plane for copy, plane in drawn if copy is not None} == {0, 1, 2}
+    assert {plane for copy, plane in drawn if copy is None} == {0}
+
+
+def test_few_slices_of_each_case(studies, tmp_path):
+    cases = [case for case in find_cases(studies) if case.label]
+    prepared = prepare(cases, LABELS, Window("percentile", 0.5, 99.5), 1, 64, tmp_path / "slices")
+    few = [few_slices(case, 1, seed=5) for case in prepared]
+    assert all(len(case.learned_from) == 1 for case in few)
+    assert all((case.label(case.learned_from[0]) > 0).any() for case in few)
+    assert {d.index for n in range(40) for d in SliceSampler(few, 64, 4, 0).draws(n) if d.case is few[0]} == set(
+        few[0].learned_from
+    )
+    assert [case.learned_from for case in few] == [few_slices(case, 1, seed=5).learned_from for case in prepared]
+    choices = {tuple(few_slices(prepared[0], 1, seed=seed).learned_from) for seed in range(20)}
+    assert len(choices) > 1
+    assert few_slices(prepared[0], 100, seed=5).learned_from == sorted(
+        {i for s in prepared[0].slices_of.values() for i in s}
+    )
+
+
+def test_a_training_may_see_few_slices_of_each_case(studies, monkeypatch):
+    seen = set()
+    load = SliceSampler.load
+    monkeypatch.setattr(SliceSampler, "load", lambda self, d: seen.add((d.case.id, d.index, d.copy)) or load(self, d))
+    config = dataclasses.replace(settings_for(20), slices_per_case=1)
+    train(find_cases(studies), LABELS, config, Project(studies))
+    learned = {(case, index) for case, index, copy in seen if copy is not None}
+    assert len(learned) == len({case for case, _ in learned}) == 4
 
 
 def test_prepared_slices_follow_the_files(studies, tmp_path):
@@ -299,6 +371,14 @@ def test_killed_at_five_random_moments_it_resumes_and_ends_with_a_model_that_loa
     assert leftovers == [] or all(name.startswith(".") for name in leftovers)
 
 
+def test_a_training_that_ends_early_says_why(studies, monkeypatch):
+    monkeypatch.setattr("samadapt.training.loop.PATIENCE", 1)
+    monkeypatch.setattr(Trainer, "_validate", lambda trainer: {"bright": 0.5})
+    result = train(find_cases(studies), LABELS, settings_for(200), Project(studies))
+    assert result.steps < 200
+    assert any("before its time was up" in remark for remark in result.remarks)
+
+
 def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
     monkeypatch.setattr("samadapt.training.loop.PATIENCE", 100)  # or phantoms this easy end it early
     project = Project(studies)
@@ -319,6 +399,20 @@ def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
     assert steps[0] >= done
     assert steps[-1] == 210
     assert any(f"went on from step {done}" in r["message"] for r in records)
+
+
+def test_a_resumed_training_keeps_the_statistics_of_norms(studies, monkeypatch):
+    """SAM-LST's published form has BatchNorm: its running statistics are as much a result as its weights."""
+    model = recipes.build("sam_lst", LABELS, BACKBONES["per_head"](), side=Ladder(reference=True))
+    buffers, parameters = model.learned_buffers(), model.trainable()
+    assert any("running_mean" in name for name in buffers)
+    for buffer in buffers.values():
+        buffer += 3
+    file, optimizer = studies / "checkpoint.safetensors", torch.optim.AdamW(parameters.values())
+    checkpoint.save(file, parameters, buffers, optimizer, {})
+    other = recipes.build("sam_lst", LABELS, BACKBONES["per_head"](), side=Ladder(reference=True))
+    checkpoint.restore(file, other.trainable(), other.learned_buffers(), optimizer)
+    assert all(torch.equal(buffer, other.learned_buffers()[name]) for name, buffer in buffers.items())
 
 
 def test_a_checkpoint_of_another_training_is_not_used(studies):

@@ -55,7 +55,9 @@ def training_slices(
         training = Ledger(ledger).split(labelled)[0] or labelled
         plan = make_plan(training, labels, config)
         context = recipes.configured(config).context
-        prepared = prepare(training, labels, plan.window, context, plan.image_size, folder / "slices", progress)
+        prepared = prepare(
+            training, labels, plan.window, context, plan.image_size, folder / "slices", progress, config.planes
+        )
         _refuse_missing(prepared, labels)
         yield prepared
 

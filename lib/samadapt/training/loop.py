@@ -76,6 +76,7 @@ class Progress:
         best: best mean held-out Dice so far (None: nothing held out, or no round done).
         best_round: the round that reached it.
         loss: smoothed training loss.
+        stopped_early: whether it ended before its budget because it did not get better.
         history: one record per round.
     """
 
@@ -87,6 +88,7 @@ class Progress:
     best: float | None = None
     best_round: int = 0
     loss: float | None = None
+    stopped_early: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -133,6 +135,7 @@ class Trainer:
         )
         self._tokens = TokenSource(model, self._sampler, cache)
         self._parameters = {name: p for name, p in model.trainable().items() if p.requires_grad}
+        self._buffers = model.learned_buffers()
         self._optimizer = torch.optim.AdamW(_groups(self._parameters, recipe), fused=True)
         self._device = next(model.parameters()).device
         self._started = 0.0
@@ -205,7 +208,8 @@ class Trainer:
         progress.loss = loss if progress.loss is None else 0.9 * progress.loss + 0.1 * loss
         if self._used() >= min(1.0, (progress.round + 1) / self._budget.rounds):
             self._finish_round()
-            if self._used() >= 1 or self._hopeless():
+            progress.stopped_early = self._used() < 1 and self._hopeless()
+            if self._used() >= 1 or progress.stopped_early:
                 engine.terminate()
         self._report(progress)
 
@@ -222,7 +226,7 @@ class Trainer:
         record = {"round": progress.round, "step": progress.step, "loss": progress.loss, "dice": scores}
         progress.history.append(record)
         state = {**vars(progress), "seconds": self._seconds(), "fingerprint": self._fingerprint}
-        checkpoint.save(self._checkpoint, self._parameters, self._optimizer, state)
+        checkpoint.save(self._checkpoint, self._parameters, self._buffers, self._optimizer, state)
 
     def _hopeless(self) -> bool:
         return self.progress.best is not None and self.progress.round - self.progress.best_round >= PATIENCE
@@ -233,7 +237,7 @@ class Trainer:
             self.forget()
             return
         del state["fingerprint"]
-        checkpoint.restore(self._checkpoint, self._parameters, self._optimizer)
+        checkpoint.restore(self._checkpoint, self._parameters, self._buffers, self._optimizer)
         self.progress = Progress(**{**state, "resumed": state["step"]})
 
     def _validate(self) -> dict[str, float]:

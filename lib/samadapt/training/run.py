@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 from samadapt import backbones, recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
+from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
-from samadapt.data.volume import Volume
 from samadapt.data.window import Window, choose_window
 from samadapt.errors import SamAdaptError, StateError
 from samadapt.model import AdaptedModel, ModelInfo, read_info
@@ -30,8 +30,8 @@ from samadapt.training import preview
 from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
-from samadapt.training.slices import PreparedCase, prepare, read_case
-from samadapt.training.synthetic import SyntheticSlices
+from samadapt.training.slices import PreparedCase, few_slices, prepare, read_case
+from samadapt.training.synthetic import RANGES, SyntheticSlices
 
 CPU_IMAGE_SIZE = 128
 """Largest automatic image size without a GPU, in pixels: beyond it a training of minutes sees too few slices."""
@@ -147,16 +147,20 @@ class _Training:
         self._log.phase("reading the labelled cases")
         model = self._model()
         prepared = self._prepare(model)
-        learning, checking = prepared[: len(self._training)], prepared[len(self._training) :]
+        known = {case.id for case in self._training}
+        learning = [case for case in prepared if case.id in known]
+        checking = [case for case in prepared if case.id not in known and case.plane == 0]
+        if self._config.slices_per_case is not None:
+            learning = [few_slices(case, self._config.slices_per_case, model.info.recipe.seed) for case in learning]
         _refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
-        remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark]
+        remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
         if synthetic and synthetic.remark:
             remarks.append(synthetic.remark)
         for remark in remarks:
             self._log.phase(remark)
         budget = Budget(self._config.max_train_minutes * 60, self._config.max_steps)
-        fingerprint = _fingerprint(prepared, model)
+        fingerprint = _fingerprint([*learning, *checking], model)
         folder = self._project.training
         trainer = Trainer(
             model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step, synthetic=synthetic
@@ -164,6 +168,11 @@ class _Training:
         if self._wants_preview(model, budget) and not trainer.resumable():
             self._preview(model, learning, checking)
         done = trainer.run()
+        if done.stopped_early:
+            remarks.append(
+                f"ended after {done.step} steps, before its time was up: nothing better on the held-out cases since "
+                f"round {done.best_round} of {ROUNDS}"
+            )
         result = self._publish(model, done, remarks)
         trainer.forget()
         self._log.end(
@@ -182,7 +191,7 @@ class _Training:
         recipe = recipes.configured(config)
         plan = make_plan(self._training, self._labels, config)
         model = recipes.build(recipe, self._labels, config.backbone, config.weights, plan.image_size)
-        model.describe(window=plan.window, context=recipe.context)
+        model.describe(window=plan.window, context=recipe.context, planes=config.planes)
         start = _starting_point(self._project, model)
         if start is not None:
             model.load_trained(start)
@@ -199,6 +208,7 @@ class _Training:
             info.image_size,
             self._project.training / "slices",
             lambda done, total: self._log.phase(f"preparing case {done} of {total}"),
+            info.planes,
         )
 
     def _wants_preview(self, model: AdaptedModel, budget: Budget) -> bool:
@@ -300,16 +310,17 @@ def _alone(project: Project) -> Iterator[None]:
 
 def make_plan(cases: Sequence[Case], labels: LabelMap, config: AppConfig) -> Plan:
     """Read every training case once, one at a time, to choose the window and the image size."""
-    sides: list[int] = []
+    grids: list[Geometry] = []
 
     def pairs() -> Any:
         for case in cases:
             volume, mask, _ = read_case(case, labels)
-            sides.append(_longest_side(volume))
+            grids.append(volume.geometry)
             yield volume, mask
 
     window = _window(pairs())
-    return Plan(window, config.image_size or _image_size(max(sides), config.backbone))
+    side = max(_longest_side(grid, axis) for grid in grids for axis in grid.slice_axes(config.planes))
+    return Plan(window, config.image_size or _image_size(side, config.backbone))
 
 
 def _window(pairs: Any) -> Window:
@@ -328,10 +339,9 @@ def _window(pairs: Any) -> Window:
     return choose_window(volumes(), taken())
 
 
-def _longest_side(volume: Volume) -> int:
-    """Longest side of a slice in pixels, counted in the finer of its two spacings."""
-    geometry = volume.geometry
-    axes = [axis for axis in range(3) if axis != geometry.acquisition_axis]
+def _longest_side(geometry: Geometry, axis: int) -> int:
+    """Longest side of a slice across ``axis`` in pixels, counted in the finer of its two spacings."""
+    axes = [other for other in range(3) if other != axis]
     finest = min(geometry.spacing[axis] for axis in axes)
     return round(max(geometry.shape[axis] * geometry.spacing[axis] for axis in axes) / finest)
 
@@ -349,7 +359,8 @@ def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
         return None
 
     def build(info: ModelInfo) -> tuple[Any, ...]:
-        return info.recipe, info.labels, info.backbone, info.weights_sha256, info.image_size, info.context
+        seen = info.image_size, info.context, info.planes
+        return info.recipe, info.labels, info.backbone, info.weights_sha256, *seen
 
     return published if build(read_info(published)) == build(model.info) else None
 
@@ -363,7 +374,8 @@ def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
 
 
 def _synthetic(training: Sequence[PreparedCase], recipe: Recipe) -> SyntheticSlices | None:
-    return SyntheticSlices(training, recipe.seed) if recipe.synthesis == "exemplar" else None
+    ranges = RANGES.get(recipe.synthesis)
+    return SyntheticSlices(training, recipe.seed, ranges=ranges) if ranges else None
 
 
 def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from samadapt.files import atomic_path, write_json
 if TYPE_CHECKING:
     from samadapt.training.synthetic import SyntheticSlices
 
-PREPARED = 2
+PREPARED = 3
 """Version of how slices are prepared and kept on disk: raise it with any change, and old ones are made anew."""
 
 ANY_SLICE = 0.2
@@ -48,27 +48,31 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapRe
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """One case in the model frame, memory-mapped.
+    """The slices of one case in one of its planes, in the model frame, memory-mapped.
 
     Attributes:
         id: case id.
+        plane: 0 is the acquisition plane; the others count as ``Geometry.slice_axes`` does.
         key: changes with the files and everything that shaped the slices.
         images: uint8 (N,C,S,S); ``LEVELS`` is 1.0.
         labels: uint8 (N,S,S) model label indices.
         slices_of: class index -> indices of the slices that show it.
         areas: class index -> its pixels in each of these.
+        learned_from: indices of the slices that a training draws from.
         context: see ``ModelInfo.context``.
         remark: what was odd about the names in its label; empty where all fitted.
         view_key: see ``samadapt.data.view.view_key``; unlike ``key`` it stays when the label is changed.
     """
 
     id: str
+    plane: int
     key: str
     view_key: str
     images: np.ndarray
     labels: np.ndarray
     slices_of: dict[int, list[int]]
     areas: dict[int, list[int]]
+    learned_from: Sequence[int]
     context: int
     remark: str
 
@@ -96,19 +100,49 @@ def prepare(
     size: int,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
+    planes: str = "acquisition",
 ) -> list[PreparedCase]:
-    """Write the slices of every case once (a second call finds them), forget those of other settings, and open them."""
+    """Write the slices of every case once (a second call finds them), forget those of other settings, and open them.
+
+    With ``planes`` "all" there may be three for each case, see ``Geometry.slice_axes``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    keys = [_key(case, labels, window, size) for case in cases]
+    keys = [_key(case, labels, window, size, planes) for case in cases]
     forget_others(folder, keys)
     prepared = []
     for number, (case, key) in enumerate(zip(cases, keys, strict=True), start=1):
         if not (folder / f"{key}.json").is_file():
-            _write(case, labels, window, size, folder / key)
-        prepared.append(_open(case.id, folder / key, window, context, size))
+            _write(case, labels, window, size, planes, folder / key)
+        prepared += _open(case.id, folder / key, window, context, size)
         if progress:
             progress(number, len(cases))
     return prepared
+
+
+def few_slices(case: PreparedCase, count: int, seed: int) -> PreparedCase:
+    """The case, but a training draws from ``count`` of its slices alone: the few-shot protocol of the finetune-SAM
+    study (arXiv 2404.09957, n slices of n patients).
+
+    Args:
+        case: one that shows no structure stays as it is.
+        count: at least 1; fewer where fewer slices show a structure.
+        seed: of the draw, together with the case's id.
+    """
+    shown = sorted({index for indices in case.slices_of.values() for index in indices})
+    if not shown:
+        return case
+    state = np.frombuffer(hashlib.sha256(f"{seed} {case.id}".encode()).digest(), np.uint32)
+    chosen = sorted(np.random.default_rng(state).permutation(shown)[:count].tolist())
+    kept = {
+        label: [n for n, index in enumerate(indices) if index in chosen] for label, indices in case.slices_of.items()
+    }
+    return replace(
+        case,
+        key=f"{case.key} {chosen}",
+        slices_of={label: [case.slices_of[label][n] for n in places] for label, places in kept.items() if places},
+        areas={label: [case.areas[label][n] for n in places] for label, places in kept.items() if places},
+        learned_from=chosen,
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +219,7 @@ class SliceSampler:
             label = self._classes[random.integers(len(self._classes))]
             cases = [case for case in cases if label in case.slices_of]
         case = cases[random.integers(len(cases))]
-        choices = range(len(case)) if label is None else case.slices_of[label]
+        choices = case.learned_from if label is None else case.slices_of[label]
         index = int(choices[random.integers(len(choices))])
         return Draw(case, index, int(random.integers(self._copies)) if self._copies else None)
 
@@ -196,40 +230,70 @@ def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def _key(case: Case, labels: LabelMap, window: Window, size: int) -> str:
+def _key(case: Case, labels: LabelMap, window: Window, size: int, planes: str) -> str:
     """Hex name of a case's prepared slices: changes with the files and with everything that shapes the slices."""
     files = [path for path in (case.image, case.label) if path is not None]
-    return slices_key(files, [sorted((case.values or {}).items()), labels.names, window.to_dict(), size])
+    return slices_key(files, [sorted((case.values or {}).items()), labels.names, window.to_dict(), size, planes])
 
 
-def _write(case: Case, labels: LabelMap, window: Window, size: int, stem: Path) -> None:
+def _write(case: Case, labels: LabelMap, window: Window, size: int, planes: str, stem: Path) -> None:
     volume, mask, report = read_case(case, labels)
-    view = ModelView(volume, window, context=0, size=size)
-    turned = view.turn.forward(mask)
-    frames = [view.frame.mask_to_model(take_slice(turned, view.axis, i)) for i in range(len(view))]
-    save_array(stem.with_suffix(".images.npy"), kept_images(volume, view))
-    save_array(stem.with_suffix(".labels.npy"), np.stack(frames))
-    shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
+    written = []
+    for plane, axis in enumerate(volume.geometry.slice_axes(planes)):
+        view = ModelView(volume, window, context=0, size=size, native_axis=axis)
+        written.append(_write_plane(volume, mask, view, _images(stem, plane), _labels(stem, plane)))
     record = {
         "case": case.id,
         "remark": "" if report.clean else str(report),
-        "slices_of": shown,
-        "areas": {label: [int((frames[i] == label).sum()) for i in indices] for label, indices in shown.items()},
         "digest": volume.digest,
-        "axis": view.axis,
+        "planes": written,
     }
     write_json(stem.with_suffix(".json"), record)
 
 
-def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> PreparedCase:
+def _write_plane(volume: Volume, mask: np.ndarray, view: ModelView, images: Path, labels: Path) -> dict[str, Any]:
+    turned = view.turn.forward(mask)
+    frames = [view.frame.mask_to_model(take_slice(turned, view.axis, i)) for i in range(len(view))]
+    save_array(images, kept_images(volume, view))
+    save_array(labels, np.stack(frames))
+    shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
+    areas = {label: [int((frames[i] == label).sum()) for i in indices] for label, indices in shown.items()}
+    return {"slices_of": shown, "areas": areas, "axis": view.axis}
+
+
+def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> list[PreparedCase]:
+    """One for each plane."""
     record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    seen = view_key(record["digest"], window, context, size, record["axis"])
-    images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r", allow_pickle=False)
-    labels = np.load(stem.with_suffix(".labels.npy"), mmap_mode="r", allow_pickle=False)
-    slices_of, areas = (
-        {int(label): numbers for label, numbers in record[name].items()} for name in ("slices_of", "areas")
-    )
-    return PreparedCase(case_id, stem.name, seen, images, labels, slices_of, areas, context, record["remark"])
+    found = []
+    for plane, own in enumerate(record["planes"]):
+        images, labels = (np.load(path(stem, plane), mmap_mode="r", allow_pickle=False) for path in (_images, _labels))
+        slices_of, areas = (
+            {int(label): numbers for label, numbers in own[name].items()} for name in ("slices_of", "areas")
+        )
+        found.append(
+            PreparedCase(
+                id=case_id,
+                plane=plane,
+                key=f"{stem.name}.{plane}",
+                view_key=view_key(record["digest"], window, context, size, own["axis"]),
+                images=images,
+                labels=labels,
+                slices_of=slices_of,
+                areas=areas,
+                learned_from=range(len(labels)),
+                context=context,
+                remark=record["remark"],
+            )
+        )
+    return found
+
+
+def _images(stem: Path, plane: int) -> Path:
+    return stem.with_suffix(f".{plane}.images.npy")
+
+
+def _labels(stem: Path, plane: int) -> Path:
+    return stem.with_suffix(f".{plane}.labels.npy")
 
 
 def kept_images(volume: Volume, view: ModelView) -> np.ndarray:
