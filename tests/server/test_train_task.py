@@ -15,6 +15,6 @@ def test_a_training_ends_when_its_server_is_gone(monkeypatch, capsys):
     report(record)
     report(record)
     assert capsys.readouterr().out.count("training, loss 0.500") == 1
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)
     with pytest.raises(SystemExit, match="server is gone"):
         report(record)
