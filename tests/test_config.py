@@ -50,6 +50,7 @@ def test_an_unknown_key_lists_the_valid_ones_and_guesses():
     [
         ("backbone", "sam_vit_c", "sam_vit_b"),
         ("recipe", "lorra", "Did you mean 'lora'?"),
+        ("recipe", "ft/lite_medsam/decoder/lor", "peft/TUNER"),
         ("weights", "/nowhere/w.pth", "No such file"),
         ("image_size", "100", "multiple of 32"),
         ("image_size", "big", "auto"),

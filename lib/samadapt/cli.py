@@ -180,6 +180,8 @@ def train(
         with out.bar("starting") as update:
 
             def progress(record: dict[str, Any]) -> None:
+                if record["state"] == "failed":  # the error itself follows
+                    return
                 loss = f", loss {record['loss']:.3f}" if record.get("loss") is not None else ""
                 update(
                     completed=record["epoch"], total=record["total_epochs"], description=f"{record['message']}{loss}"
@@ -230,6 +232,7 @@ def synthesize(
             update(completed=done, total=total)
 
         with contact_sheet.training_slices(cases, label_map, config, project, show) as prepared:
+            missing = contact_sheet.missing_classes(prepared, label_map)
             choose = partial(random_exemplars, seed=seed) if blind else choose_exemplars
             bank = SyntheticSlices(prepared, seed, choose, RANGES[kind])
             areas = contact_sheet.draw(bank, label_map, count, output)
@@ -243,13 +246,15 @@ def synthesize(
             "backgrounds": len(bank.backgrounds),
             "share": bank.share,
             "remark": bank.remark,
+            "missing": missing,
             "samples": areas,
         }
         ending = (
             f"{count} samples from {len(exemplars)} exemplars on {len(bank.backgrounds)} backgrounds: {output}\n"
             f"In a training {100 * bank.share:.0f} % of the slices would be synthetic."
         )
-        out.result(value, *filter(None, [ending, bank.remark]))
+        absent = f"No training case shows {', '.join(missing)}, so no sample does." if missing else ""
+        out.result(value, *filter(None, [ending, bank.remark, absent]))
 
 
 @app.command()
@@ -283,7 +288,8 @@ def pretrain(
         ending = (
             f"{result.weights}\n{result.steps} steps in {result.seconds:.0f} s on {result.images} images; loss on the "
             f"slices of {result.picture}: {result.shown_before:.3f} before, {result.shown_after:.3f} after\n"
-            f"Use it with --conf backbone={backbone} --conf weights={result.weights}; models trained on it need it."
+            f"Use it with --conf backbone={backbone} --conf weights={result.weights}; models trained on it need it, "
+            f"for infer and evaluate as --weights {result.weights}."
         )
         out.result(result, ending)
 

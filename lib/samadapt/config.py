@@ -22,11 +22,11 @@ FORMS = ("own", "reference")
 PLANES = ("acquisition", "all")
 
 
-def closest(word: str, known: Sequence[str]) -> str:
-    """``"Did you mean 'x'? Valid: a, b, c."`` for a word that is none of ``known``."""
+def closest(word: str, known: Sequence[str], shown: Sequence[str] | None = None) -> str:
+    """``"Did you mean 'x'? Valid: a, b, c."`` for a word that is none of ``known``; ``shown`` stands for a long one."""
     similar = difflib.get_close_matches(word, known, n=1)
     guess = f"Did you mean {similar[0]!r}? " if similar else ""
-    return f"{guess}Valid: {', '.join(known) if known else '(none)'}."
+    return f"{guess}Valid: {', '.join(shown or known) if known else '(none)'}."
 
 
 def _one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
@@ -221,7 +221,7 @@ class AppConfig:
         Raises:
             ConfigError: an unknown key (the valid ones are listed), or a value that the key does not allow.
         """
-        return cls(**_with_backbone(parse_values(values)))
+        return cls(**with_backbone(parse_values(values)))
 
     @classmethod
     def describe(cls) -> list[tuple[str, Any, str]]:
@@ -229,8 +229,12 @@ class AppConfig:
         return [(item.name, item.default, item.metadata["help"]) for item in fields(cls)]
 
 
-def _with_backbone(parsed: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that belongs to one backbone brings it along."""
+def with_backbone(parsed: dict[str, Any]) -> dict[str, Any]:
+    """Settings, in which a recipe that belongs to one backbone brings it along.
+
+    Raises:
+        ConfigError: they name another backbone.
+    """
     if "recipe" not in parsed:
         return parsed
     from samadapt import recipes

@@ -317,7 +317,7 @@ class AdaptedModel(nn.Module):
                 f"trained on {info.backbone} weights with SHA-256 {info.weights_sha256[:12]}..., "
                 f"but the weights here have {backbone.weights_sha256[:12]}...",
                 where=path,
-                remedy="Give the base weights that it was trained on (--conf weights PATH).",
+                remedy="Give the base weights it was trained on: --weights FILE, for a server --conf weights FILE.",
             )
         model = cls(backbone, info)
         model.load_trained(path)

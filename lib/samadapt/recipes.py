@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -217,6 +218,13 @@ def papers() -> list[str]:
     return [name for name in _RECIPES if not name.startswith(_PEFT) and name not in ("lora", "lora_late", "unet")]
 
 
+def families(recipes: Sequence[str]) -> list[str]:
+    """Names of recipes, each family of similar ones as one pattern, for people to read."""
+    patterns = {f"{_STUDY}/": f"{_STUDY}/BACKBONE/PART/METHOD", _PEFT: f"{_PEFT}TUNER"}
+    shown = (next((p for prefix, p in patterns.items() if name.startswith(prefix)), name) for name in recipes)
+    return [*dict.fromkeys(shown), "(all of them: samadapt recipes)"]
+
+
 def get(name: str, **overrides: Any) -> Recipe:
     """The recipe of that name, with fields replaced.
 
@@ -224,7 +232,7 @@ def get(name: str, **overrides: Any) -> Recipe:
         ConfigError: unknown name or field; the message lists the valid ones.
     """
     if name not in _RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}", where="recipe", remedy=closest(name, names()))
+        raise ConfigError(f"unknown recipe {name!r}", where="recipe", remedy=closest(name, names(), families(names())))
     if name.startswith(_PEFT) and name not in names():
         raise ConfigError(
             f"peft's {name.removeprefix(_PEFT)} does not adapt linear layers",
@@ -310,7 +318,9 @@ def configured(config: AppConfig) -> Recipe:
 
 def _published_form(name: str) -> Recipe:
     if name not in papers():
-        raise ConfigError(f"the recipe {name} is of no paper", where="form", remedy=closest(name, papers()))
+        raise ConfigError(
+            f"the recipe {name} is of no paper", where="form", remedy=closest(name, papers(), families(papers()))
+        )
     return reference(name)
 
 

@@ -59,7 +59,7 @@ def test_the_seed_decides(run, studies, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(["--output", "sheet.jpg"], "PNG"), (["--output", "s.png", "--labels", "bright,dark,liver"], "liver")],
+    [(["--output", "sheet.jpg"], "PNG"), (["--output", "s.png", "--labels", "liver,spleen"], "liver")],
 )
 def test_errors_name_what_is_wrong(run, studies, monkeypatch, tmp_path, words, part):
     monkeypatch.chdir(tmp_path)
@@ -68,6 +68,15 @@ def test_errors_name_what_is_wrong(run, studies, monkeypatch, tmp_path, words, p
     assert part in json.dumps(value)
     assert value["remedy"]
     assert not list(tmp_path.glob("s*.[pj]*g"))
+
+
+def test_a_class_that_no_case_shows_is_told(run, studies, tmp_path):
+    words = ("--labels", "bright,dark,liver", "--count", 3, "--conf", "image_size=64", "--conf", "synthesis=lesions")
+    code, value = run(studies, "--output", tmp_path / "sheet.png", *words)
+    assert code == 0
+    assert value["missing"] == ["liver"]
+    assert value["synthesis"] == "lesions"
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_nothing_labelled_is_refused(run, studies, tmp_path):

@@ -367,7 +367,16 @@ def test_an_unknown_strategy_and_trainer_are_explained(server):
     assert "samadapt" in assert_explains(requests.post(f"{server.url}/train/samadap", json={}, timeout=30))["remedy"]
 
 
-@pytest.mark.parametrize("params", [{"max_steps": "many"}, {"max_train_minutes": -1}, {"epochs": 3}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_steps": "many"},
+        {"max_train_minutes": -1},
+        {"epochs": 3},
+        {"recipe": "lorra"},
+        {"recipe": "ft/sam_vit_b/decoder/lora"},
+    ],
+)
 def test_training_settings_are_checked_before_anything_starts(server, params):
     assert_explains(requests.post(f"{server.url}/train/samadapt", json=params, timeout=30))
 

@@ -415,6 +415,19 @@ def test_a_resumed_training_keeps_the_statistics_of_norms(studies, monkeypatch):
     assert all(torch.equal(buffer, other.learned_buffers()[name]) for name, buffer in buffers.items())
 
 
+def test_an_unfinished_training_that_is_given_up_is_told(studies, monkeypatch):
+    project = Project(studies)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forget", lambda trainer: None)  # as if it had been killed just before its end
+        train(find_cases(studies), LABELS, settings_for(3), project)
+    other = dataclasses.replace(settings_for(2), recipe="lora")
+    assert any(
+        "training of 3 steps is given up" in remark
+        for remark in train(find_cases(studies), LABELS, other, project).remarks
+    )
+    assert train(find_cases(studies), LABELS, other, project).remarks == []
+
+
 def test_a_checkpoint_of_another_training_is_not_used(studies):
     project = Project(studies)
     project.training.mkdir(parents=True)

@@ -76,7 +76,9 @@ class Comparison:
         known = list(dict.fromkeys([*recipes.names(), *UNETS]))
         for name in self.recipes:
             if name not in known:
-                raise ConfigError(f"unknown recipe {name!r}", where="--recipes", remedy=closest(name, known))
+                raise ConfigError(
+                    f"unknown recipe {name!r}", where="--recipes", remedy=closest(name, known, recipes.families(known))
+                )
         for option, values in (("--recipes", self.recipes), ("--cases", self.labelled), ("--seeds", self.seeds)):
             if not values:
                 raise ConfigError("nothing is named", where=option, remedy="Give a comma list.")

@@ -39,7 +39,7 @@ def training_slices(
     """What a training would learn from now, as long as the context lasts; nothing of the project is changed.
 
     Raises:
-        StateError: no case is labelled, or a class is on none of the training cases.
+        StateError: no case is labelled.
         InputError: a case that cannot be read.
     """
     labelled = [case for case in cases if case.label]
@@ -58,7 +58,6 @@ def training_slices(
         prepared = prepare(
             training, labels, plan.window, context, plan.image_size, folder / "slices", progress, config.planes
         )
-        _refuse_missing(prepared, labels)
         yield prepared
 
 
@@ -107,11 +106,16 @@ def _colour(label: int) -> tuple[float, float, float]:
     return colormaps["tab10"]((label - 1) % 10)[:3]
 
 
-def _refuse_missing(prepared: Sequence[PreparedCase], labels: LabelMap) -> None:
+def missing_classes(prepared: Sequence[PreparedCase], labels: LabelMap) -> list[str]:
+    """Names of the classes that no slice shows, so that no sample can.
+
+    Raises:
+        StateError: that is all of them.
+    """
     shown = {label for case in prepared for label in case.slices_of}
-    missing = [name for n, name in enumerate(labels.names, start=1) if n not in shown]
-    if missing:
+    if not shown:
         raise StateError(
-            f"none of the {len(prepared)} training cases shows {', '.join(missing)}",
-            remedy="Check the names that the labels were submitted with, or leave such structures out of the labels.",
+            f"none of the {len(prepared)} training cases shows any of {', '.join(labels.names)}",
+            remedy="Check the names that the labels were submitted with, or set --conf labels.",
         )
+    return [name for n, name in enumerate(labels.names, start=1) if n not in shown]

@@ -14,7 +14,8 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import tasks
 
-from samadapt.config import AppConfig, parse_values
+from samadapt import recipes
+from samadapt.config import AppConfig, parse_values, with_backbone
 from samadapt.data.cases import find_cases
 from samadapt.errors import StateError
 from samadapt.project import Project
@@ -22,7 +23,7 @@ from samadapt.server.labels import LabelSource
 from samadapt.training import train
 from samadapt.training.loop import ROUNDS
 
-SETTINGS = ("max_train_minutes", "max_steps")
+SETTINGS = ("max_train_minutes", "max_steps", "recipe")
 """What a request may change; the rest is settled when the server starts."""
 
 NICENESS = 10
@@ -55,11 +56,13 @@ class TrainSamAdapt(TrainTask):
         """The settings of a training that can start now.
 
         Raises:
-            ConfigError: an unknown setting or a bad value.
+            ConfigError: an unknown setting, a bad value, or a recipe that the other settings do not fit.
             StateError: nothing to learn from yet.
         """
         known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, self.name)}
-        config = dataclasses.replace(self._settings, **parse_values(known, SETTINGS))
+        parsed = {"backbone": self._settings.backbone, **parse_values(known, SETTINGS)}
+        config = dataclasses.replace(self._settings, **with_backbone(parsed))
+        recipes.configured(config)  # refuses now what the training would refuse later
         if not datastore.get_labeled_images():
             raise StateError(
                 "no image is labelled yet", where="datastore", remedy="Submit at least one label, then train."

@@ -168,6 +168,11 @@ class Trainer:
         state = checkpoint.peek(self._checkpoint)
         return state is not None and state.get("fingerprint") == self._fingerprint
 
+    def given_up(self) -> int:
+        """Steps of an unfinished training that ``run`` cannot go on from, since it was of something else; 0: none."""
+        state = checkpoint.peek(self._checkpoint)
+        return 0 if state is None or self.resumable() else int(state.get("step", 0))
+
     def forget(self) -> None:
         """Remove the checkpoint: the training is over and its result is safe."""
         self._checkpoint.unlink(missing_ok=True)

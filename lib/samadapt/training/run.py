@@ -165,6 +165,11 @@ class _Training:
         trainer = Trainer(
             model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step, synthetic=synthetic
         )
+        if steps := trainer.given_up():
+            remarks.append(
+                f"an unfinished training of {steps} steps is given up: its labels, recipe or settings were others"
+            )
+            self._log.phase(remarks[-1])
         if self._wants_preview(model, budget) and not trainer.resumable():
             self._preview(model, learning, checking)
         done = trainer.run()
