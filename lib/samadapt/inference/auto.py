@@ -16,8 +16,9 @@ from samadapt.encoding import SliceEncoder
 from samadapt.errors import InputError
 from samadapt.model import AdaptedModel
 
-BATCH_PIXELS = 16 * 128 * 128
-"""Pixels of one encoder batch: about 1 GB of activations with LiteMedSAM."""
+BATCH_PIXELS = 8 * 128 * 128
+"""Pixels of one encoder batch: about half a GiB of activations with LiteMedSAM, so that a long volume takes no more
+memory than a short one."""
 
 LARGEST_VOTES = 4 * 2**30
 """Bytes beyond which several planes are not averaged: what they say of every voxel and class is in memory at once."""
