@@ -425,7 +425,7 @@ def test_an_unfinished_training_that_is_given_up_is_told(studies, monkeypatch):
         "training of 3 steps is given up" in remark
         for remark in train(find_cases(studies), LABELS, other, project).remarks
     )
-    assert train(find_cases(studies), LABELS, other, project).remarks == []
+    assert not any("given up" in remark for remark in train(find_cases(studies), LABELS, other, project).remarks)
 
 
 def test_a_checkpoint_of_another_training_is_not_used(studies):
