@@ -366,6 +366,7 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     cases, project = _open(studies)
     from samadapt.data.volume import read_volume
     from samadapt.inference.ahead import embed_volume
+    from samadapt.inference.auto import axes_seen
     from samadapt.server.models import Models
 
     failed: list[dict[str, Any]] = []
@@ -383,8 +384,7 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
 
                 try:
                     volume = read_volume(case.image)
-                    axes = volume.geometry.slice_axes(served.model.info.planes)
-                    slices += sum(volume.geometry.shape[axis] for axis in axes)
+                    slices += volume.geometry.slices(axes_seen(served.model.info, volume.geometry))
                     encoded += embed_volume(served.model, volume, models.cache, show)
                 except InputError as error:
                     failed.append({"id": case.id, **error.to_dict()})
@@ -397,7 +397,7 @@ def embed(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
             "slices_encoded": encoded,
             "cache_gib": gib,
         }
-        full = "" if models.cache.filled() < 0.9 else " It is full: raise --conf cache_gib, or the oldest go."
+        full = " It is full: raise --conf cache_gib, or the oldest go." if models.cache.full() else ""
         ending = (
             f"{encoded} of {slices} slices in {len(cases)} images encoded for the model {served.version}, "
             f"the others were there; "

@@ -38,18 +38,17 @@ def _one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
     return parse
 
 
-def _file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ValueError("No such file.")
-    return path.resolve()
+def _path(exists: Callable[[Path], bool], missing: str) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        path = Path(text).expanduser()
+        if not exists(path):
+            raise ValueError(missing)
+        return path.resolve()
+
+    return parse
 
 
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        raise ValueError("No such folder.")
-    return path.resolve()
+_file, _folder = _path(Path.is_file, "No such file."), _path(Path.is_dir, "No such folder.")
 
 
 def _number(low: float, high: float, cast: Callable[[str], Any] = int) -> Callable[[str], Any]:
@@ -74,20 +73,9 @@ def _image_size(text: str) -> int | None:
     return int(size)
 
 
-def _context(text: str) -> int | None:
-    return None if text == "auto" else _number(0, 1)(text)
-
-
-def _seed(text: str) -> int | None:
-    return None if text == "auto" else _number(0, 2**31 - 1)(text)
-
-
-def _slices(text: str) -> int | None:
-    return None if text == "all" else _number(1, 10**4)(text)
-
-
-def _synthesis(text: str) -> str | None:
-    return None if text == "auto" else _one_of(lambda: SYNTHESES)(text)
+def _unless(word: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse``, but ``word`` stands for None: it is decided elsewhere, or nothing is left out."""
+    return lambda text: None if text == word else parse(text)
 
 
 def _switch(text: str) -> bool:
@@ -153,7 +141,10 @@ class AppConfig:
     )
     context: int | None = field(
         default=None,
-        metadata=_about("neighbouring slices on each side as input channels: 0, 1, or 'auto' (the recipe's)", _context),
+        metadata=_about(
+            "neighbouring slices on each side as input channels: 0, 1, or 'auto' (the recipe's)",
+            _unless("auto", _number(0, 1)),
+        ),
     )
     planes: str = field(
         default="acquisition",
@@ -168,7 +159,7 @@ class AppConfig:
         metadata=_about(
             "synthetic slices to learn from, made of a few labelled ones: 'none', 'exemplar' (organs, near their own "
             "place), 'lesions' (anywhere in the body), or 'auto' (the recipe's)",
-            _synthesis,
+            _unless("auto", _one_of(lambda: SYNTHESES)),
         ),
     )
     form: str = field(
@@ -186,7 +177,8 @@ class AppConfig:
     slices_per_case: int | None = field(
         default=None,
         metadata=_about(
-            "learn from so many slices of each case, drawn from those that show a structure; 'all' by default", _slices
+            "learn from so many slices of each case, drawn from those that show a structure; 'all' by default",
+            _unless("all", _number(1, 10**4)),
         ),
     )
     max_train_minutes: float = field(
@@ -199,7 +191,10 @@ class AppConfig:
 
     seed: int | None = field(
         default=None,
-        metadata=_about("of all randomness of a training: a whole number, or 'auto' (the recipe's)", _seed),
+        metadata=_about(
+            "of all randomness of a training: a whole number, or 'auto' (the recipe's)",
+            _unless("auto", _number(0, 2**31 - 1)),
+        ),
     )
 
     cache_gib: float = field(

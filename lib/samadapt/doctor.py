@@ -208,14 +208,13 @@ def _records(studies: Path) -> Iterator[Check]:
 
 
 def _cache(studies: Path, config: AppConfig) -> Check:
-    """Whether the encoder's results can be kept, and how much of the budget they take."""
+    """How much of their budget the encoder's results take."""
     from samadapt.data.slice_cache import SliceCache
     from samadapt.project import Project
 
     cache = SliceCache(Project(studies).cache, config.cache_gib)
-    share = cache.filled()
-    used = f"{share * config.cache_gib:.2f} of {config.cache_gib:g} GiB"
-    if share >= 0.9:
+    used = f"{cache.filled() * config.cache_gib:.2f} of {config.cache_gib:g} GiB"
+    if cache.full():
         remedy = "What was used longest ago makes room; raise --conf cache_gib if images are encoded again and again."
         return Check("cache", "warning", f"{used}: it is full", remedy)
     return Check("cache", "ok", used)

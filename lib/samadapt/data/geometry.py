@@ -89,6 +89,10 @@ class Geometry:
             return (first,)
         return first, *(axis for axis in (2, 1, 0) if axis != first)
 
+    def slices(self, axes: Sequence[int]) -> int:
+        """How many slices there are across all of ``axes``."""
+        return sum(self.shape[axis] for axis in axes)
+
     @property
     def orientation(self) -> str:
         """Where i, j and k point to, as three letters, for example ``"LPS"``."""

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 LEAST_FREE = 2 * 2**30
 """Bytes that stay free on the disk."""
 
+FULL = 0.9
+"""Share of the budget beyond which what is put soon pushes out what was put before."""
+
 _PROBE = "probe"
 
 _UNUSABLE = (sqlite3.Error, diskcache.Timeout, OSError)
@@ -112,6 +115,10 @@ class SliceCache:
     def filled(self) -> float:
         """Share of the budget that is used."""
         return self.bytes_used() / self._budget
+
+    def full(self) -> bool:
+        """Whether older entries have to go soon."""
+        return self.filled() >= FULL
 
     def _store(self) -> diskcache.Cache:
         with self._lock:

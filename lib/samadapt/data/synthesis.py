@@ -113,11 +113,7 @@ def synthesize(
     places = np.argwhere(_body(image, content)) if ranges.relocate else np.empty((0, 2))
     image[content] = _recoloured(image[content], True, ranges, random)
     source, classes = exemplar[0].numpy(), exemplar[1].numpy()
-    regions = [
-        _cut(source, classes == n, int(n), content, _moved(classes == n, places, ranges, random), ranges, random)
-        for n in np.unique(classes)
-        if n
-    ]
+    regions = [_cut(source, classes == n, int(n), content, places, ranges, random) for n in np.unique(classes) if n]
     for region in sorted(regions, key=lambda region: region.mask.sum(), reverse=True):
         if region.mask.sum() >= ranges.smallest:
             rows, columns = region.place
@@ -198,12 +194,13 @@ def _body(image: np.ndarray, content: tuple[slice, slice, slice]) -> np.ndarray:
     return ndimage.binary_fill_holes(parts == 1 + np.bincount(parts[parts > 0] - 1).argmax())
 
 
-def _moved(mask: np.ndarray, places: np.ndarray, ranges: Synthesis, random: np.random.Generator) -> np.ndarray:
-    """Row and column of where the centroid of ``mask`` goes: one of ``places`` (n,2), or near where it is."""
+def _moved(
+    centre: np.ndarray, side: int, places: np.ndarray, ranges: Synthesis, random: np.random.Generator
+) -> np.ndarray:
+    """Row and column of where a centroid goes: one of ``places`` (n,2), or near where it is in a frame of ``side``."""
     if len(places) and random.random() < ranges.relocate:
         return places[random.integers(len(places))].astype(float)
-    shift = random.uniform(-ranges.translation, ranges.translation, 2) * mask.shape
-    return np.array(ndimage.center_of_mass(mask)) + shift
+    return centre + random.uniform(-ranges.translation, ranges.translation, 2) * side
 
 
 def _cut(
@@ -211,14 +208,16 @@ def _cut(
     mask: np.ndarray,
     label: int,
     content: tuple[slice, slice, slice],
-    moved: np.ndarray,
+    places: np.ndarray,
     ranges: Synthesis,
     random: np.random.Generator,
 ) -> _Region:
-    """The structure ``mask`` of an image, warped about its centroid, which goes to ``moved``, cut off outside
+    """The structure ``mask`` of an image, warped about its centroid, moved (see ``_moved``), cut off outside
     ``content``, and recoloured."""
+    centre = np.array(ndimage.center_of_mass(mask))
+    moved = _moved(centre, len(mask), places, ranges, random)
     back = np.linalg.inv(_linear(ranges, random))
-    start = np.array(ndimage.center_of_mass(mask)) - back @ moved
+    start = centre - back @ moved
     grid = np.indices(mask.shape, np.float64)
     origins = np.einsum("ij,jrc->irc", back, grid) + start[:, None, None] + _bend(mask.shape, ranges, random)
     whole = ndimage.map_coordinates(mask.astype(np.uint8), origins, order=0, mode="grid-constant")

@@ -24,7 +24,7 @@ from samadapt.errors import StateError
 from samadapt.files import atomic_path
 from samadapt.project import Project
 from samadapt.training.ledger import Ledger
-from samadapt.training.run import make_plan
+from samadapt.training.run import make_plan, refuse_empty
 from samadapt.training.slices import PreparedCase, prepare
 from samadapt.training.synthetic import SyntheticSlices
 
@@ -39,7 +39,7 @@ def training_slices(
     """What a training would learn from now, as long as the context lasts; nothing of the project is changed.
 
     Raises:
-        StateError: no case is labelled.
+        StateError: no case is labelled, or no training case shows any of the labels.
         InputError: a case that cannot be read.
     """
     labelled = [case for case in cases if case.label]
@@ -58,6 +58,7 @@ def training_slices(
         prepared = prepare(
             training, labels, plan.window, context, plan.image_size, folder / "slices", progress, config.planes
         )
+        refuse_empty(prepared, labels)
         yield prepared
 
 
@@ -107,15 +108,6 @@ def _colour(label: int) -> tuple[float, float, float]:
 
 
 def missing_classes(prepared: Sequence[PreparedCase], labels: LabelMap) -> list[str]:
-    """Names of the classes that no slice shows, so that no sample can.
-
-    Raises:
-        StateError: that is all of them.
-    """
+    """Names of the classes that no slice shows, so that no sample can."""
     shown = {label for case in prepared for label in case.slices_of}
-    if not shown:
-        raise StateError(
-            f"none of the {len(prepared)} training cases shows any of {', '.join(labels.names)}",
-            remedy="Check the names that the labels were submitted with, or set --conf labels.",
-        )
     return [name for n, name in enumerate(labels.names, start=1) if n not in shown]

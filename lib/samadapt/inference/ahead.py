@@ -8,6 +8,7 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.encoding import SliceEncoder
+from samadapt.inference.auto import axes_seen
 from samadapt.model import AdaptedModel
 
 
@@ -31,8 +32,8 @@ def embed_volume(
         How many slices were encoded.
     """
     info, encoder = model.info, SliceEncoder(model, cache)
-    axes = volume.geometry.slice_axes(info.planes)
-    total = sum(volume.geometry.shape[axis] for axis in axes)
+    axes = axes_seen(info, volume.geometry)
+    total = volume.geometry.slices(axes)
     encoded = done = 0
     for axis in axes:
         view = ModelView(volume, info.window, info.context, info.image_size, axis)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from samadapt.data.geometry import Geometry
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.slices import put_slice, take_slice
 from samadapt.data.view import ModelView
 from samadapt.data.volume import Volume
 from samadapt.encoding import SliceEncoder
 from samadapt.errors import InputError
-from samadapt.model import AdaptedModel
+from samadapt.model import AdaptedModel, ModelInfo
 
 BATCH_PIXELS = {"cpu": 4 * 128 * 128, "cuda": 64 * 128 * 128}
 """Pixels of one encoder batch by device. On a CPU larger ones are no faster and take memory: about 0.3 GiB of
@@ -50,15 +51,21 @@ def segment(
     if not model.info.trained:
         return np.zeros(volume.geometry.shape, dtype=np.uint8)
     info = model.info
-    axes = volume.geometry.slice_axes(info.planes)
-    if 2 * len(kept) * math.prod(volume.geometry.shape) > LARGEST_VOTES:
-        axes = axes[:1]
-    counted = _Counted(progress, sum(volume.geometry.shape[axis] for axis in axes))
+    axes = axes_seen(info, volume.geometry)
+    counted = _Counted(progress, volume.geometry.slices(axes))
     views = (ModelView(volume, info.window, info.context, info.image_size, axis) for axis in axes)
     with torch.inference_mode():
         if len(axes) == 1:
             return _one_plane(model, next(views), kept, cache, counted)
         return _voted(model, views, kept, cache, counted)
+
+
+def axes_seen(info: ModelInfo, geometry: Geometry) -> tuple[int, ...]:
+    """The axes that a model looks at a volume along: fewer than ``ModelInfo.planes`` says where votes would be too
+    large."""
+    axes = geometry.slice_axes(info.planes)
+    votes = 2 * (1 + len(info.labels)) * math.prod(geometry.shape)
+    return axes[:1] if votes > LARGEST_VOTES else axes
 
 
 class _Counted:

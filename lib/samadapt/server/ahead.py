@@ -25,9 +25,6 @@ REMEMBERED = 8
 
 _IDLE: dict[str, Any] = {"image": None, "slices_done": 0, "slices": 0}
 
-FULL = 0.9
-"""Share of the cache's budget beyond which nothing is encoded ahead: it would push out what it has just made."""
-
 
 class AheadOfNeed:
     """A background thread that fills the cache, the next samples first, and gives way to everybody.
@@ -102,7 +99,7 @@ class AheadOfNeed:
             self._done.add((image, self._models.version()))
 
     def _next(self) -> str | None:
-        if not self._quiet() or self._models.cache.filled() > FULL:
+        if not self._quiet() or self._models.cache.full():  # else it would push out what it has just made
             return None
         version = self._models.version()
         with self._lock:

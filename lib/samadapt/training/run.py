@@ -152,7 +152,7 @@ class _Training:
         checking = [case for case in prepared if case.id not in known and case.plane == 0]
         if self._config.slices_per_case is not None:
             learning = [few_slices(case, self._config.slices_per_case, model.info.recipe.seed) for case in learning]
-        _refuse_empty(learning, self._labels)
+        refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
         remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
         if synthetic and synthetic.remark:
@@ -370,10 +370,11 @@ def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
     return published if build(read_info(published)) == build(model.info) else None
 
 
-def _refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
+def refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
+    """Raise ``StateError`` where no case shows any of the labels."""
     if not any(case.slices_of for case in training):
         raise StateError(
-            f"none of the {len(training)} training cases shows any of {', '.join(labels.names)}",
+            f"none of the {len({case.id for case in training})} training cases shows any of {', '.join(labels.names)}",
             remedy="Check the names that the labels were submitted with, or set --conf labels.",
         )
 

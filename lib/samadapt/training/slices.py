@@ -133,14 +133,16 @@ def few_slices(case: PreparedCase, count: int, seed: int) -> PreparedCase:
         return case
     state = np.frombuffer(hashlib.sha256(f"{seed} {case.id}".encode()).digest(), np.uint32)
     chosen = sorted(np.random.default_rng(state).permutation(shown)[:count].tolist())
-    kept = {
-        label: [n for n, index in enumerate(indices) if index in chosen] for label, indices in case.slices_of.items()
-    }
+    kept: dict[int, dict[int, int]] = {}
+    for label, indices in case.slices_of.items():
+        areas = dict(zip(indices, case.areas[label], strict=True))
+        if here := {index: area for index, area in areas.items() if index in chosen}:
+            kept[label] = here
     return replace(
         case,
         key=f"{case.key} {chosen}",
-        slices_of={label: [case.slices_of[label][n] for n in places] for label, places in kept.items() if places},
-        areas={label: [case.areas[label][n] for n in places] for label, places in kept.items() if places},
+        slices_of={label: list(areas) for label, areas in kept.items()},
+        areas={label: list(areas.values()) for label, areas in kept.items()},
         learned_from=chosen,
     )
 
