@@ -19,7 +19,7 @@ def test_defaults_are_the_dataclass_defaults():
 
 
 def test_every_default_of_a_text_key_passes_its_own_check():
-    text = {"backbone": AppConfig.backbone, "recipe": AppConfig.recipe, "context": "auto", "max_train_minutes": "8"}
+    text = {"backbone": AppConfig.backbone, "recipe": AppConfig.recipe, "context": "auto", "max_train_minutes": "auto"}
     assert AppConfig.from_strings(text) == AppConfig()
 
 
@@ -43,6 +43,13 @@ def test_an_unknown_key_lists_the_valid_ones_and_guesses():
     assert "bakbone" in text
     assert "Did you mean 'backbone'?" in text
     assert all(field.name in text for field in dataclasses.fields(AppConfig))
+
+
+@pytest.mark.parametrize(
+    ("given", "labelled", "seconds"), [("auto", 1, 180), ("auto", 5, 300), ("auto", 90, 480), ("2", 90, 120)]
+)
+def test_the_time_of_a_training_follows_the_labelled_cases_unless_it_is_given(given, labelled, seconds):
+    assert AppConfig.from_strings({"max_train_minutes": given}).train_seconds(labelled) == seconds
 
 
 @pytest.mark.parametrize(

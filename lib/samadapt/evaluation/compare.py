@@ -211,7 +211,7 @@ def _claim(records: Records, comparison: Comparison, split: NestedSplit, output:
 def _time_left(records: Records, jobs: Mapping[str, Job], runs: int) -> str:
     """An estimate by the runs that are done; before the first, by the time that training alone takes."""
     known = [float(r["wall_seconds"]) for r in records.value["results"].values() if r.get("wall_seconds")]
-    seconds = runs * (mean(known) if known else next(iter(jobs.values())).config.max_train_minutes * 60)
+    seconds = runs * (mean(known) if known else next(iter(jobs.values())).seconds)
     minutes = max(1, round(seconds / 60))
     about = "about" if known else "at least"
     return f"{about} {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{about} {minutes} min"

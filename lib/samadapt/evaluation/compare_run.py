@@ -76,6 +76,11 @@ class Job:
         chosen = {} if self.recipe in UNETS else {"recipe": self.recipe}
         return AppConfig.from_strings({**self.settings, **chosen, "seed": str(self.seed)})
 
+    @property
+    def seconds(self) -> float:
+        """Time of the training."""
+        return self.config.train_seconds(len(self.training))
+
 
 def run_folder(output: Path, recipe: str, labelled: int, seed: int) -> Path:
     """Where the model, the masks and the log of one run are."""
@@ -175,7 +180,7 @@ def _train_recipe(job: Job, cases: Sequence[Case], labels: LabelMap, folder: Pat
 
 
 def _train_unet(job: Job, cases: Sequence[Case], labels: LabelMap, folder: Path) -> tuple[dict[str, Any], _Segmenter]:
-    config, progress = job.config, _UNetProgress(Project(folder), job.config.max_train_minutes * 60)
+    config, progress = job.config, _UNetProgress(Project(folder), job.seconds)
     # Two passes, so that one volume at a time is in memory.
     window = choose_window(
         (read_case(case, labels)[0] for case in cases), (read_case(case, labels)[1] for case in cases)
@@ -184,7 +189,7 @@ def _train_unet(job: Job, cases: Sequence[Case], labels: LabelMap, folder: Path)
         cases,
         labels,
         window,
-        config.max_train_minutes * 60,
+        job.seconds,
         folder / "slices",
         1 if config.context is None else config.context,
         job.seed,

@@ -50,7 +50,8 @@ class TrainSamAdapt(TrainTask):
         self._labels = labels
 
     def config(self) -> dict[str, Any]:
-        return {key: getattr(self._settings, key) for key in SETTINGS}
+        values = {key: getattr(self._settings, key) for key in SETTINGS}
+        return {key: "auto" if value is None else value for key, value in values.items()}
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
         """The settings of a training that can start now.

@@ -159,7 +159,8 @@ class _Training:
             remarks.append(synthetic.remark)
         for remark in remarks:
             self._log.phase(remark)
-        budget = Budget(self._config.max_train_minutes * 60, self._config.max_steps)
+        labelled = len(self._training) + len(self._held_out)
+        budget = Budget(self._config.train_seconds(labelled), self._config.max_steps)
         fingerprint = _fingerprint([*learning, *checking], model)
         folder = self._project.training
         trainer = Trainer(
