@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from samadapt.data.geometry import Geometry
+from samadapt.data.geometry import Geometry, turn_to_lps
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.slices import put_slice, take_slice
 from samadapt.data.view import ModelView
@@ -48,16 +48,12 @@ def segment(
         InputError: a name that the model does not have.
     """
     kept = _kept(model, classes)
-    if not model.info.trained:
-        return np.zeros(volume.geometry.shape, dtype=np.uint8)
-    info = model.info
-    axes = axes_seen(info, volume.geometry)
-    counted = _Counted(progress, volume.geometry.slices(axes))
-    views = (ModelView(volume, info.window, info.context, info.image_size, axis) for axis in axes)
-    with torch.inference_mode():
-        if len(axes) == 1:
-            return _one_plane(model, next(views), kept, cache, counted)
-        return _voted(model, views, kept, cache, counted)
+    turn = turn_to_lps(volume.geometry)
+    result = np.zeros(turn.turned.shape, dtype=np.uint8)
+    if model.info.trained:
+        for axis, index, shares in class_shares(model, volume, cache, progress):
+            put_slice(result, axis, index, kept[shares.argmax(axis=0)])
+    return np.ascontiguousarray(turn.back(result))
 
 
 def axes_seen(info: ModelInfo, geometry: Geometry) -> tuple[int, ...]:
@@ -82,31 +78,54 @@ class _Counted:
             self._progress(self._done, self._total)
 
 
-def _one_plane(
-    model: AdaptedModel, view: ModelView, kept: np.ndarray, cache: SliceCache | None, counted: _Counted
-) -> np.ndarray:
-    """The best class of every voxel."""
-    result = np.zeros(view.turn.turned.shape, dtype=np.uint8)
-    for index, logits in _logits(model, view, cache):
-        put_slice(result, view.axis, index, kept[logits.argmax(dim=0).cpu().numpy()])
-        counted.one_more()
-    return np.ascontiguousarray(view.turn.back(result))
+def class_shares(
+    model: AdaptedModel, volume: Volume, cache: SliceCache | None, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """What a model says of every slice across the acquisition axis.
+
+    Yields:
+        The axis and index of the slice on the grid turned to LPS (``turn_to_lps``), and the probability 0..1 of each
+        class in each of its pixels, background first: float32 (K+1,H,W).
+    """
+    info = model.info
+    axes = axes_seen(info, volume.geometry)
+    counted = _Counted(progress, volume.geometry.slices(axes))
+    views = (ModelView(volume, info.window, info.context, info.image_size, axis) for axis in axes)
+    with torch.inference_mode():
+        if len(axes) == 1:
+            view = next(views)
+            for index, shares in _shares(model, view, cache, counted):
+                yield view.axis, index, shares
+        else:
+            axis = int(turn_to_lps(volume.geometry).steps[axes[0]][0])
+            votes = _votes(model, views, cache, counted)
+            for index in range(votes.shape[1 + axis]):
+                yield axis, index, np.stack([take_slice(one, axis, index) for one in votes]).astype(np.float32)
 
 
-def _voted(
-    model: AdaptedModel, views: Iterator[ModelView], kept: np.ndarray, cache: SliceCache | None, counted: _Counted
-) -> np.ndarray:
-    """The class of every voxel that is likeliest by the mean over planes."""
+def _votes(model: AdaptedModel, views: Iterator[ModelView], cache: SliceCache | None, counted: _Counted) -> np.ndarray:
+    """float16 (K+1,I,J,K) on the turned grid: the mean over planes of what each says of every voxel and class."""
     votes: np.ndarray | None = None
+    planes = 0
     for view in views:
+        planes += 1
         if votes is None:
-            votes = np.zeros((len(kept), *view.turn.turned.shape), dtype=np.float16)
-        for index, logits in _logits(model, view, cache):
-            for sum_of_votes, share in zip(votes, logits.softmax(dim=0).cpu().numpy(), strict=True):
+            votes = np.zeros((1 + len(model.info.labels), *view.turn.turned.shape), dtype=np.float16)
+        for index, shares in _shares(model, view, cache, counted):
+            for sum_of_votes, share in zip(votes, shares, strict=True):
                 take_slice(sum_of_votes, view.axis, index)[...] += share
-            counted.one_more()
     assert votes is not None
-    return np.ascontiguousarray(view.turn.back(kept[votes.argmax(axis=0)]))
+    votes /= planes
+    return votes
+
+
+def _shares(
+    model: AdaptedModel, view: ModelView, cache: SliceCache | None, counted: _Counted
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each slice's number and class probabilities (K+1,H,W) at its own resolution."""
+    for index, logits in _logits(model, view, cache):
+        yield index, logits.softmax(dim=0).cpu().numpy()
+        counted.one_more()
 
 
 def _logits(model: AdaptedModel, view: ModelView, cache: SliceCache | None) -> Iterator[tuple[int, torch.Tensor]]:
