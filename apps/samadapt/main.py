@@ -25,13 +25,15 @@ try:
     from samadapt.memory import keep_freed_memory
     from samadapt.project import Project
     from samadapt.server.ahead import AheadOfNeed
+    from samadapt.server.auto_train import AutoTrain
     from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
     from samadapt.server.models import Models
     from samadapt.server.options import flag, is_upload
-    from samadapt.server.strategies import First, Random
-    from samadapt.server.train import TrainSamAdapt
+    from samadapt.server.outlook import Outlook
+    from samadapt.server.strategies import all_strategies
+    from samadapt.server.train import TrainSamAdapt, is_under_way
 except ImportError as error:
     hint = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
     raise ImportError(f"samadapt: {error}. Install what it needs: {hint}") from error
@@ -66,18 +68,32 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source = LabelSource(self.settings.labels, folder, self.project)
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
-        self.strategy = "random"  # the host's default, until somebody asks for another
-        self.ahead = AheadOfNeed(self.models, self.upcoming, datastore.image_path, self.is_training)
+        self.outlook = Outlook(self.settings, self.project, self.models, self.datastore)
+        self.ahead = AheadOfNeed(
+            self.models,
+            self.upcoming,
+            datastore.image_path,
+            lambda: is_under_way(self.project),
+            self.outlook.look,
+            self.outlook.unreadable,
+        )
+        self.auto_train = AutoTrain(
+            self.settings.auto_train,
+            self.project,
+            datastore.final_labels,
+            lambda: is_under_way(self.project),
+            self.train_now,
+        )
         return datastore
-
-    def is_training(self):
-        return self.project.status().get("state") == "running"
 
     def upcoming(self):
         """Images that will be asked for, the next one first; of a PACS only what somebody has opened."""
-        if isinstance(self.datastore(), SafeDicomDatastore):
-            return []
-        return self._strategies[self.strategy].order(self.strategy, self.datastore())
+        return [] if isinstance(self.datastore(), SafeDicomDatastore) else self.outlook.upcoming()
+
+    def train_now(self):
+        trainer = self._trainers["samadapt"]
+        trainer.check({}, self.datastore())
+        self.async_training(trainer.name)
 
     def init_infers(self):
         return {
@@ -90,7 +106,7 @@ class SamAdaptApp(MONAILabelApp):
         return {"samadapt": TrainSamAdapt("samadapt", self.settings, self.project, self.label_source)}
 
     def init_strategies(self):
-        return {"random": Random(), "first": First()}
+        return all_strategies(self.settings.strategy, self.outlook)
 
     def init_batch_infer(self):
         return OneDeviceBatchInfer()
@@ -104,15 +120,15 @@ class SamAdaptApp(MONAILabelApp):
             guards.install(sys.modules["monailabel.app"].app, self)
             if self.settings.embed_ahead:
                 self.ahead.start()
+            self.auto_train.watch()
 
     def info(self):
-        return {**super().info(), "embedded_ahead": self.ahead.progress()}
+        return {**super().info(), "embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}
 
     def next_sample(self, request):
         """As the base class's; the image that it names is encoded while the viewer loads it."""
         sample = super().next_sample(request)
         if sample:
-            self.strategy = request.get("strategy") or self.strategy
             self.ahead.first(sample["id"])
         return sample
 
@@ -145,6 +161,7 @@ class SamAdaptApp(MONAILabelApp):
         super().on_save_label(image_id, label_id)
         if isinstance(self.datastore(), SafeDicomDatastore):
             self.datastore().forget_lists()
+        self.outlook.leases.end(image_id)
         self.label_source.learn_from(self.datastore())
         warnings = label_warnings(*self.datastore().last_saved, self.label_source.current())
         return {"warnings": warnings, "labels": self.label_source.indices()}

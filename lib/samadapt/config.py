@@ -103,6 +103,12 @@ def _recipe(text: str) -> str:
         raise ValueError(f"{error.what}. {error.remedy}") from None
 
 
+def _strategy(text: str) -> str:
+    from samadapt.activelearning import registry  # numpy, likewise
+
+    return _one_of(lambda: registry.NAMES)(text)
+
+
 def _blocks(text: str) -> tuple[int, ...] | str | None:
     if text in ("all", "late"):
         return text
@@ -214,7 +220,22 @@ class AppConfig:
 
     embed_ahead: bool = field(
         default=True,
-        metadata=_about("true or false: the server encodes the next images while nobody waits", _switch),
+        metadata=_about("true or false: the server encodes and examines images while nobody waits", _switch),
+    )
+
+    strategy: str = field(
+        default="auto",
+        metadata=_about("what to label next, for viewers that ask for 'random' as OHIF does", _strategy),
+    )
+    lease_minutes: float = field(
+        default=30.0,
+        metadata=_about("a proposed image is proposed to nobody else for so long", _number(0, 10**5, float)),
+    )
+    auto_train: int | None = field(
+        default=None,
+        metadata=_about(
+            "train after every so many new labels; 'never' by default", _unless("never", _number(1, 10**6))
+        ),
     )
 
     def train_seconds(self, labelled: int) -> float:

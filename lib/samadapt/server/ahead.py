@@ -1,4 +1,4 @@
-"""Encodes the images that annotators will see next, while nobody waits for an answer."""
+"""Encodes and examines the images that annotators will see next, while nobody waits for an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from samadapt.data.volume import read_volume
-from samadapt.errors import SamAdaptError
+from samadapt.errors import SamAdaptError, WeightsError
 from samadapt.inference.ahead import embed_volume
 from samadapt.server.models import Models
 
@@ -34,6 +34,8 @@ class AheadOfNeed:
         images: ids of the images to come, the most needed first.
         path_of: image id -> file.
         training: whether a training runs; it needs the whole machine.
+        look: called with each image, once it is encoded, and with what waits until the machine is free.
+        failed: called with each image that cannot be read, and why.
     """
 
     def __init__(
@@ -42,11 +44,15 @@ class AheadOfNeed:
         images: Callable[[], list[str]],
         path_of: Callable[[str], str],
         training: Callable[[], bool],
+        look: Callable[[str, Callable[[], None]], None],
+        failed: Callable[[str, str], None],
     ) -> None:
         self._models = models
         self._images = images
         self._path_of = path_of
         self._training = training
+        self._look = look
+        self._failed = failed
         self._lock = threading.Lock()
         self._waiting = 0
         self._last_request = time.monotonic()
@@ -90,8 +96,11 @@ class AheadOfNeed:
                 continue
             try:
                 self._embed(image)
+                self._look(image, self._wait)
             except (SamAdaptError, OSError) as error:
                 logger.warning("%s is not encoded ahead: %s", image, error)
+                if not isinstance(error, WeightsError):
+                    self._failed(image, str(error))
             except Exception:
                 logger.exception("%s is not encoded ahead", image)
             finally:

@@ -30,6 +30,7 @@ from samadapt.files import atomic_path, write_json
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg")
+_ENDINGS = tuple(pattern[1:] for pattern in EXTENSIONS)
 _ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
 _TAG = re.compile(r"\w[\w-]*")
 
@@ -96,6 +97,17 @@ class SafeDatastore(LocalDatastore):
                 "ending); GET /datastore/?output=all lists them.",
             )
         return path
+
+    def local_image(self, image_id: str) -> Path | None:
+        """File (or DICOM folder) of an image, if it is on this machine already."""
+        path = LocalDatastore.get_image_uri(self, image_id) if image_id in self._datastore.objects else ""
+        return Path(path) if path else None
+
+    def final_labels(self) -> list[Path]:
+        """The files of all labels that count."""
+        folder = Path(self._datastore.label_path(DefaultLabelTag.FINAL))
+        files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        return [path for path in files if not path.name.startswith(".") and path.name.endswith(_ENDINGS)]
 
     def list_images(self) -> list[str]:
         self._look_again()

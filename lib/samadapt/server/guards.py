@@ -25,6 +25,7 @@ from monailabel.utils.async_tasks.utils import processes, tasks
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
+from samadapt.server import endpoints
 
 if TYPE_CHECKING:
     from samadapt.server.train import TrainSamAdapt
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST_DEATH_S = 20.0
 """How long a killed training may take to give its memory back before the answer says so anyway."""
-
-ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
 
 
 def install(server: FastAPI, app: MONAILabelApp) -> None:
@@ -50,7 +49,8 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
-    train.stop = _stop(train.stop)
+    train.stop = _stop(train.stop, app)
+    server.include_router(endpoints.router(app))
     server.add_exception_handler(SamAdaptError, _answer)
     server.add_exception_handler(MONAILabelException, _answer_host)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
@@ -98,7 +98,7 @@ def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., An
     @functools.wraps(handler)
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
         _require("strategy", strategy, app._strategies)
-        return handler(strategy, params, user) or {"message": ALL_LABELLED}
+        return handler(strategy, params, user) or {"message": app.outlook.why_nothing()}
 
     return checked
 
@@ -129,7 +129,7 @@ def _train_one(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
     return checked
 
 
-def _stop(handler: Callable[..., Any]) -> Callable[..., Any]:
+def _stop(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
     """``DELETE /train/``: answer when the process is gone, not when it was told to go.
 
     The host only sends the signal. A training of some gigabytes needs a moment to end, and until then its progress
@@ -139,6 +139,7 @@ def _stop(handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(handler)
     def checked() -> Any:
         running = list(processes("train").values())
+        app.auto_train.stopped_by_hand()
         answer = handler()
         try:
             for process in running:

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from abc import abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.slices import put_slice
 from samadapt.data.volume import Volume, write_mask
 from samadapt.errors import InputError
-from samadapt.inference.auto import segment
 from samadapt.inference.clicks import Prompts, segment_object, segment_slice
+from samadapt.inference.examine import examine
+from samadapt.inference.quality import quality
 from samadapt.server import options
 from samadapt.server.labels import LabelSource
 from samadapt.server.models import Models
@@ -103,12 +105,14 @@ class Segmentation(_Task):
         if missing := [name for name, position in positions.items() if position is None]:
             params["message"] = f"not learned yet: {', '.join(missing)}"
         classes = [learned.names[position - 1] for position in positions.values() if position is not None]
-        found = segment(served.model, volume, classes, cache=self._models.cache)
-        if classes and not found.any():
+        found, examination = examine(served.model, volume, cache=self._models.cache)
+        mask = _renumbered(found, learned, labels, classes)
+        if classes and not mask.any():
             params["message"] = "; ".join(
                 filter(None, [params.get("message"), f"{', '.join(classes)}: {NONE_OF_THEM}"])
             )
-        return _renumbered(found, learned, labels), {**params, "model_version": served.version}
+        worth = quality(learned.names, examination, served.model.info.training.get("calibration", {}))
+        return mask, {**params, "model_version": served.version, "quality": worth.to_dict()}
 
 
 class Clicks(_Task):
@@ -185,11 +189,11 @@ def _on_slice(prompts: Prompts, index: int) -> Prompts:
     return here
 
 
-def _renumbered(mask: np.ndarray, own: LabelMap, wanted: LabelMap) -> np.ndarray:
-    """A mask in one label map's indices, in another's; names that the other lacks become background."""
+def _renumbered(mask: np.ndarray, own: LabelMap, wanted: LabelMap, kept: Collection[str]) -> np.ndarray:
+    """A mask in one label map's indices, in another's; names that are not in ``kept`` become background."""
     table = np.zeros(len(own.names) + 1, np.uint8)
     for value, name in enumerate(own.names, start=1):
-        table[value] = wanted.find(name) or 0
+        table[value] = (wanted.find(name) or 0) if name in kept else 0
     return table[mask]
 
 

@@ -89,6 +89,14 @@ class Models:
         served = self.current()
         if served.version == PLAIN or served.model.info.answers_prompts:
             return served
+        return self.plain()
+
+    def plain(self) -> Served:
+        """The backbone as it came.
+
+        Raises:
+            WeightsError: as ``current``.
+        """
         with self._lock:
             self._plain = self._plain or self._load(None)
             return self._plain

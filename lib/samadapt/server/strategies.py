@@ -1,49 +1,38 @@
-"""Which image to label next. Both strategies are deterministic: the same state gives the same answer."""
+"""The library's strategies as the host calls them."""
 
 from __future__ import annotations
 
-import hashlib
-from abc import abstractmethod
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
+from samadapt.activelearning.registry import NAMES, strategy
+from samadapt.activelearning.strategy import Strategy as Ranking
+from samadapt.server.outlook import Outlook
 
-class Ordered(Strategy):
-    """Proposes the first image of an order."""
-
-    @abstractmethod
-    def order(self, name: str, datastore: Datastore) -> list[str]:
-        """The images without a final label, the next sample first; ``name`` is the strategy's in the datastore."""
-
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        images = self.order(str(request.get("strategy")), datastore)
-        return {"id": images[0]} if images else None
+ASKED_BY_OHIF = "random"
+"""OHIF sends this name whatever people choose, so that it stands for the configured strategy."""
 
 
-class First(Ordered):
-    """The first image without a final label, by id."""
+class Proposes(Strategy):
+    """Gives each annotator the best case that nobody else has.
 
-    def __init__(self) -> None:
-        super().__init__("the first image that has no label yet, by name")
-
-    def order(self, name: str, datastore: Datastore) -> list[str]:
-        return sorted(datastore.get_unlabeled_images())
-
-
-class Random(Ordered):
-    """An image without a final label in an order without pattern; those proposed longest ago (or never) come first.
-
-    The host's strategy of this name weighs images by seconds since they were proposed, and fails when all are 0.
+    Args:
+        ranking: the strategy.
+        outlook: what it may know.
     """
 
-    def __init__(self) -> None:
-        super().__init__("an image that has no label yet, in an arbitrary order")
+    def __init__(self, ranking: Ranking, outlook: Outlook) -> None:
+        super().__init__(ranking.about)
+        self._ranking = ranking
+        self._outlook = outlook
 
-    def order(self, name: str, datastore: Datastore) -> list[str]:
-        def proposed(image: str) -> tuple[int, str]:
-            last = datastore.get_image_info(image).get("strategy", {}).get(name, {}).get("ts", 0)
-            return last, hashlib.sha256(image.encode()).hexdigest()
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        return self._outlook.propose(self._ranking, request.get("client_id"))
 
-        return sorted(datastore.get_unlabeled_images(), key=proposed)
+
+def all_strategies(configured: str, outlook: Outlook) -> dict[str, Strategy]:
+    """Every strategy by name; ``random`` means ``configured``."""
+    named: dict[str, Strategy] = {name: Proposes(strategy(name), outlook) for name in NAMES}
+    return {**named, ASKED_BY_OHIF: Proposes(strategy(configured), outlook)}

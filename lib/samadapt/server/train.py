@@ -114,6 +114,13 @@ class TrainSamAdapt(TrainTask):
         return {**dataclasses.asdict(result), "model": result.model.stem}
 
 
+def is_under_way(project: Project) -> bool:
+    """Whether a training runs, or has been asked for and will."""
+    return project.status().get("state") == "running" or any(
+        task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("train")
+    )
+
+
 def _about_to_start(status: Mapping[str, Any]) -> bool:
     """Whether the host has started a training that has not written its first record yet."""
     started = tasks("train")

@@ -1,0 +1,186 @@
+"""What is known of every case, gathered while nobody waits, and what to label next by it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from samadapt.activelearning.leases import Leases
+from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
+from samadapt.activelearning.survey import Survey
+from samadapt.config import AppConfig
+from samadapt.data.cases import find_cases
+from samadapt.errors import SamAdaptError
+from samadapt.inference.quality import Quality, quality
+from samadapt.project import Project
+from samadapt.server.models import PLAIN, Models
+from samadapt.training.slices import read_case
+
+logger = logging.getLogger(__name__)
+
+ALWAYS = frozenset({"descriptor", "slice_descriptors", "examination", "label_dice"})
+"""What is gathered of every case whatever the strategy; the rest only once a strategy has asked for it."""
+
+ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
+
+
+class Outlook:
+    """Ranks unlabelled cases for the server's strategies and foretells what the model makes of them.
+
+    Args:
+        config: seed and length of leases.
+        project: where surveys and leases are kept.
+        models: who answers.
+        datastore: called when it is needed.
+    """
+
+    def __init__(self, config: AppConfig, project: Project, models: Models, datastore: Callable[[], Any]) -> None:
+        self._seed = config.seed or 0
+        self._models = models
+        self._datastore = datastore
+        self._studies = project.root.parent
+        self.leases = Leases(project.root / "leases.json", 60.0 * config.lease_minutes)
+        self._survey = Survey(project.root / "survey")
+        self._lock = threading.Lock()
+        self._needs = set(ALWAYS)
+        self._unreadable: dict[str, str] = {}
+        self._order: list[str] = []
+
+    # ---- while nobody waits
+
+    def upcoming(self) -> list[str]:
+        """Ids of all images, those first that will probably be asked for next."""
+        unlabelled = self._datastore().get_unlabeled_images()
+        place = {case: n for n, case in enumerate(self._order)}
+        ahead = sorted(unlabelled, key=lambda case: (place.get(case, len(place)), case))
+        return ahead + sorted(set(self._datastore().list_images()) - set(unlabelled))
+
+    def look(self, image: str, wait: Callable[[], None]) -> None:
+        """Gather what strategies need of one image. ``wait`` returns when the machine is free for it."""
+        path = Path(self._datastore().image_path(image))
+        served = self._models.current()
+        trained = served.version != PLAIN
+        label = self._label(image, served.model.info.labels) if trained else None
+        self._survey.look(
+            image,
+            path,
+            self._needs,
+            model=served.model if trained else None,
+            version=served.version if trained else None,
+            plain=self._models.plain().model,
+            cache=self._models.cache,
+            label=label,
+            progress=lambda done, total: wait(),
+        )
+
+    def unreadable(self, image: str, why: str) -> None:
+        """Propose this image to nobody until the server starts anew."""
+        self._unreadable[image] = why
+
+    # ---- for annotators
+
+    def propose(self, strategy: Strategy, client: str | None) -> dict[str, Any] | None:
+        """The next case for one annotator, and the lease of it; None if there is none for now.
+
+        Returns:
+            ``id``, ``slices`` and ``reason`` of the proposal, ``strategy``, and ``skipped``: unreadable images.
+        """
+        with self._lock:
+            self._needs |= strategy.needs
+            for proposal in self._rank(strategy, client):
+                if self._readable(proposal.id):
+                    self.leases.take(proposal.id, client)
+                    return self._answer(strategy, proposal)
+        return None
+
+    def why_nothing(self) -> str:
+        """Why there is no next case, for whoever asked for one."""
+        waiting = [case for case in self._datastore().get_unlabeled_images() if case not in self._unreadable]
+        ends = self.leases.first_end()
+        if waiting and ends is not None:
+            return (
+                f"the {len(waiting)} images without a label are all with annotators; "
+                f"the first comes back at {time.strftime('%H:%M', time.localtime(ends))} unless it is labelled"
+            )
+        if self._unreadable:
+            listed = ", ".join(sorted(self._unreadable)[:5])
+            return f"every other image has a final label; these cannot be read: {listed}"
+        return ALL_LABELLED
+
+    def worklist(self) -> dict[str, Any]:
+        """Unlabelled cases from worst to best by the Dice that is expected of the published model's mask."""
+        version = self._models.version()
+        unlabelled = self._datastore().get_unlabeled_images()
+        known = {case: found for case in unlabelled if (found := self.quality(case)) is not None}
+        ranked = sorted(known, key=lambda case: (known[case].mean if known[case].dice else -1.0, case))
+        return {
+            "model_version": None if version == PLAIN else version,
+            "cases": [{"id": case, **known[case].to_dict()} for case in ranked],
+            "not_examined_yet": sorted(set(unlabelled) - set(known)),
+            "unreadable": dict(self._unreadable),
+        }
+
+    def quality(self, image: str) -> Quality | None:
+        """What the published model's mask of an image is probably worth; None where it has not looked yet."""
+        candidate = self._candidate(image)
+        if candidate.examination is None or not self._models.trained():
+            return None
+        info = self._models.current().model.info
+        return quality(info.labels.names, candidate.examination, info.training.get("calibration", {}))
+
+    # ----
+
+    def _rank(self, strategy: Strategy, client: str | None) -> Iterable[Proposal]:
+        store = self._datastore()
+        unlabelled = [case for case in store.get_unlabeled_images() if case not in self._unreadable]
+        labelled = store.get_labeled_images()
+        names = self._models.current().model.info.labels.names if self._models.trained() else ()
+        every = Pool(
+            [self._candidate(case) for case in sorted(unlabelled)],
+            [self._candidate(case) for case in sorted(labelled)],
+            names,
+            self._seed + len(labelled),
+        )
+        ranking = strategy.rank(every, len(unlabelled) + len(labelled))
+        self._order = [proposal.id for proposal in ranking]
+        free = set(self.leases.free(self._order, client))
+        return [proposal for proposal in ranking if proposal.id in free]
+
+    def _answer(self, strategy: Strategy, proposal: Proposal) -> dict[str, Any]:
+        answer = {
+            "id": proposal.id,
+            "slices": proposal.slices,
+            "reason": proposal.reason,
+            "chosen_by": strategy.name,
+        }
+        return {**answer, "skipped": dict(self._unreadable)} if self._unreadable else answer
+
+    def _readable(self, image: str) -> bool:
+        """Whoever is given the image reads it next, so this reads it for them."""
+        try:
+            self._models.volume(self._datastore().image_path(image))
+        except (SamAdaptError, OSError) as error:
+            logger.warning("%s is skipped: %s", image, error)
+            self.unreadable(image, str(error))
+            return False
+        return True
+
+    def _candidate(self, image: str) -> Candidate:
+        path = self._datastore().local_image(image)
+        if path is None:  # of a PACS that nobody has looked at; it is not fetched for this
+            return Candidate(image)
+        version = self._models.version()
+        proposals = self._datastore().get_image_info(image).get("strategy", {}).values()
+        proposed = max((float(one.get("ts", 0)) for one in proposals), default=0.0)
+        return self._survey.candidate(image, path, None if version == PLAIN else version, proposed)
+
+    def _label(self, image: str, labels: Any) -> Any:
+        """The final label of an image in the order of ``labels``, None where it has none."""
+        if image not in self._datastore().get_labeled_images():
+            return None
+        case = next((case for case in find_cases(self._studies) if case.id == image and case.label), None)
+        return read_case(case, labels)[1] if case else None
