@@ -5,12 +5,14 @@ Imports that take seconds (torch) stand inside the commands, so that ``--help`` 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -415,10 +417,15 @@ def evaluate(
     every: Annotated[
         bool, typer.Option("--all", help="Also the cases (and patients) that the model learned from.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG to write: the Dice that the model expects against the true one.")
+    ] = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ConfigError("the picture is a PNG", where="--plot", remedy="Give a name that ends in .png.")
     cases, _ = _open(studies)
     file = _model_file(model, [studies])
     loaded = _load(file, weights)
@@ -433,26 +440,55 @@ def evaluate(
                 update(description=f"{case.id} ({number} of {len(chosen)})", completed=number - 1, total=len(chosen))
                 scores.append(_score(loaded, case))
         means = {key: mean_by_class([score[key] for score in scores]) for key in ("dice", "hd95_mm")}
+        means["estimated_dice"] = mean_by_class([score["estimated_dice"] for score in scores])
         rows = [
-            [score["case"], name, figure(score["dice"][name]), figure(score["hd95_mm"][name], 2)]
+            [
+                score["case"],
+                name,
+                figure(score["dice"][name]),
+                figure(score["estimated_dice"][name], 2),
+                figure(score["hd95_mm"][name], 2),
+            ]
             for score in [*scores, {"case": "mean", **means}]
             for name in names
         ]
-        shown = table(f"{file.name} on {len(scores)} cases", ["case", "structure", "Dice", "HD95 mm"], rows)
-        out.result({"model": file, "cases": scores, "mean": means}, shown)
+        header = ["case", "structure", "Dice", "estimated", "HD95 mm"]
+        shown = table(f"{file.name} on {len(scores)} cases", header, rows)
+        agreed, said = _agreement(scores, loaded, plot)
+        out.result({"model": file, "cases": scores, "mean": means, "estimates": agreed}, shown, said)
+
+
+def _agreement(scores: list[dict[str, Any]], model: AdaptedModel, path: Path | None) -> tuple[dict[str, Any], str]:
+    """How the estimates agree with the truth, for programs and for people; drawn to ``path``."""
+    from samadapt.evaluation.agreement import agreement, plot
+
+    names = model.info.labels.names
+    estimated, truth = ({name: [s[key][name] for s in scores] for name in names} for key in ("estimated_dice", "dice"))
+    if path is not None:
+        kept = model.info.training.get("calibration", {})
+        plot(estimated, truth, {name: kept[name]["error"] for name in names if name in kept}, path)
+    agreed = agreement(list(chain(*estimated.values())), list(chain(*truth.values())))
+    said = (
+        f"Estimates and true Dice of {agreed.count} masks: rank correlation {figure(agreed.rank_correlation, 2)}, "
+        f"mean error {figure(agreed.error, 2)}, estimates too high by {figure(agreed.bias, 2)}."
+    )
+    return vars(agreed), said
 
 
 def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
     from samadapt.evaluation.metrics import dice, hd95
-    from samadapt.inference.auto import segment
+    from samadapt.inference.examine import examine
+    from samadapt.inference.quality import quality
     from samadapt.training.slices import read_case
 
     labels = model.info.labels
     volume, truth, report = read_case(case, labels)
-    found = segment(model, volume)
+    found, examination = examine(model, volume)
+    worth = quality(labels.names, examination, model.info.training.get("calibration", {}))
     return {
         "case": case.id,
         "dice": dice(found, truth, labels),
+        "estimated_dice": {name: worth.dice.get(name, math.nan) for name in labels.names},
         "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing),
         "label": str(report),
     }
