@@ -81,6 +81,10 @@ class AheadOfNeed:
         with self._lock:
             self._asked = [image, *(other for other in self._asked if other != image)][:REMEMBERED]
 
+    def again(self, image: str) -> None:
+        """Something about this image has changed."""
+        self._done = {(other, version) for other, version in self._done if other != image}
+
     def progress(self) -> dict[str, Any]:
         """For ``GET /info/``: images done and in all, and the one at hand (None: none) with its slices."""
         images = self._images()

@@ -81,6 +81,11 @@ class Outlook:
         """Propose this image to nobody until the server starts anew."""
         self._unreadable[image] = why
 
+    def labelled(self, image: str) -> None:
+        """An image has a new final label: whoever had it is done, and how model and label agree is open again."""
+        self.leases.end(image)
+        self._survey.forget(image, frozenset({"label_dice"}))
+
     # ---- for annotators
 
     def propose(self, strategy: Strategy, client: str | None) -> dict[str, Any] | None:
