@@ -10,6 +10,7 @@ from PIL import Image
 from samadapt.config import AppConfig
 from samadapt.data.labels import LabelMap
 from samadapt.errors import InputError
+from samadapt.inference.examine import Examination
 from samadapt.project import Project
 from samadapt.server import infer, models
 from samadapt.server.labels import LabelSource
@@ -30,7 +31,7 @@ class Published:
         return self.learned is not None
 
     def current(self):
-        return models.Served(SimpleNamespace(info=SimpleNamespace(labels=self.learned)), "v0007")
+        return models.Served(SimpleNamespace(info=SimpleNamespace(labels=self.learned, training={})), "v0007")
 
     prompted = current
 
@@ -46,20 +47,32 @@ def labels_of(tmp_path, *names):
     return LabelSource(LabelMap(names) if names else None, tmp_path, Project(tmp_path))
 
 
+def found(mask, classes):
+    """What ``examine`` gives: the mask, and a model that is rather sure of it."""
+    slices = mask.shape[2]
+    sure = Examination(
+        2,
+        np.zeros((slices, classes), int),
+        np.linspace(0, 1, slices),
+        np.zeros((slices, classes)),
+        np.full(classes, 0.9),
+    )
+    return mask, sure
+
+
 @pytest.fixture
 def asked(monkeypatch):
-    """Classes that ``segment`` was asked for; its mask holds value n in slice n of the model's own order."""
+    """Models that ``examine`` was asked for; its mask holds value n in slice n of the model's own order."""
     calls = []
 
-    def segment(model, volume, classes=None, progress=None, cache=None):
-        calls.append(classes)
+    def examine(model, volume, progress=None, cache=None):
+        calls.append(model)
         mask = np.zeros(volume.geometry.shape, np.uint8)
-        for value, name in enumerate(model.info.labels.names, start=1):
-            if classes is None or name in classes:
-                mask[:, :, value] = value
-        return mask
+        for value in range(1, len(model.info.labels.names) + 1):
+            mask[:, :, value] = value
+        return found(mask, len(model.info.labels.names))
 
-    monkeypatch.setattr(infer, "segment", segment)
+    monkeypatch.setattr(infer, "examine", examine)
     return calls
 
 
@@ -76,20 +89,26 @@ def test_masks_follow_the_label_map_of_the_app_not_the_model(tmp_path, image, as
     assert params["label_names"] == {"a": 1, "b": 2, "new": 3}
     assert params["model_version"] == "v0007"
     assert params["message"] == "not learned yet: new"
-    assert asked == [["A", "b"]]
     assert [np.unique(mask[:, :, k]).tolist() for k in range(5)] == [[0], [2], [1], [0], [0]]
+
+
+def test_every_mask_says_what_it_is_worth_and_where_the_model_is_least_sure(tmp_path, image, asked):
+    _, params = run(infer.Segmentation(Published(LabelMap(("a", "b"))), labels_of(tmp_path, "a", "b")), image)
+    assert params["quality"]["dice"] == {"a": 0.9, "b": 0.9}
+    assert params["quality"]["unsure_slices"][:2] == [4, 3]
 
 
 def test_label_prompt_restricts_the_classes(tmp_path, image, asked):
     task = infer.Segmentation(Published(LabelMap(("a", "b"))), labels_of(tmp_path, "a", "b"))
     mask, params = run(task, image, label_prompt=[2])
-    assert asked == [["b"]]
     assert np.unique(mask).tolist() == [0, 2]
     assert "message" not in params
 
 
 def test_a_model_that_finds_nothing_says_so(tmp_path, image, monkeypatch):
-    monkeypatch.setattr(infer, "segment", lambda model, volume, *_, **__: np.zeros(volume.geometry.shape, np.uint8))
+    monkeypatch.setattr(
+        infer, "examine", lambda model, volume, **_: found(np.zeros(volume.geometry.shape, np.uint8), 1)
+    )
     task = infer.Segmentation(Published(LabelMap(("a",))), labels_of(tmp_path, "a", "new"))
     mask, params = run(task, image)
     assert not mask.any()

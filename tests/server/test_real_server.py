@@ -14,6 +14,7 @@ import requests
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
+from samadapt.activelearning.registry import NAMES
 from serving import Server, label_file, make_volumes
 
 pytestmark = pytest.mark.e2e
@@ -44,7 +45,7 @@ def assert_explains(reply, status=400):
 # ---- what viewers ask first
 
 
-def test_info_has_the_three_models_one_trainer_and_both_strategies(client):
+def test_info_has_the_three_models_one_trainer_and_all_strategies(client):
     info = client.info()
     assert info["name"] == "samadapt"
     assert {name: (m["type"], m["dimension"]) for name, m in info["models"].items()} == {
@@ -54,7 +55,7 @@ def test_info_has_the_three_models_one_trainer_and_both_strategies(client):
     }
     assert all(isinstance(model["labels"], dict) for model in info["models"].values())
     assert list(info["trainers"]) == ["samadapt"]
-    assert set(info["strategies"]) == {"random", "first"}
+    assert set(info["strategies"]) == set(NAMES)
     assert info["datastore"]["total"] == 6
 
 
@@ -69,13 +70,33 @@ def test_the_training_bar_is_empty_before_any_training(client):
     assert bar(client.info()) == 0
 
 
-@pytest.mark.parametrize("strategy", ["random", "first"])
-def test_next_sample_is_unlabelled_and_repeatable(client, server, strategy):
-    sample = client.next_sample(strategy, {})
-    assert (server.studies / f"{sample['id']}.nii.gz").is_file()
-    assert sample["path"].endswith(f"{sample['id']}.nii.gz")
-    if strategy == "first":
-        assert client.next_sample(strategy, {})["id"] == sample["id"]
+def test_a_sample_is_unlabelled_says_why_and_is_nobody_else_s(tmp_path):
+    server = Server(make_volumes(tmp_path / "studies", 3)).start()
+    try:
+        ann, bob = (MONAILabelClient(server.url, tmpdir=str(tmp_path), client_id=name) for name in ("ann", "bob"))
+        samples = [ann.next_sample("random", {}), bob.next_sample("random", {}), ann.next_sample("first", {})]
+        assert len({sample["id"] for sample in samples}) == 3
+        for sample in samples:
+            assert sample["path"] == str(server.studies / f"{sample['id']}.nii.gz")
+            assert sample["reason"]
+        assert bob.next_sample("random", {})["id"] == samples[1]["id"]  # one's own, as nothing else is left
+        anonymous = requests.post(f"{server.url}/activelearning/random", json={}, timeout=30)
+        assert anonymous.status_code == 200
+        assert "all with annotators" in anonymous.json()["message"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("body", [{}, {"paused": "yes"}, [1]])
+def test_a_pause_that_is_none_is_refused(server, body):
+    assert requests.post(f"{server.url}/samadapt/auto_train", json=body, timeout=30).status_code == 422
+
+
+def test_the_worklist_names_every_unlabelled_image_before_any_model(server, images):
+    listed = requests.get(f"{server.url}/samadapt/worklist", timeout=30).json()
+    assert listed["model_version"] is None
+    assert set(listed["not_examined_yet"]) <= set(images)
+    assert listed["cases"] == []
 
 
 # ---- inference before the first training
