@@ -245,6 +245,10 @@ class AppConfig:
             return 60.0 * min(max(labelled, SHORTEST_MINUTES), LONGEST_MINUTES)
         return 60.0 * self.max_train_minutes
 
+    def weights_for(self, backbone: str) -> Path | None:
+        """The weights file for a model on ``backbone``; None: its own. ``weights`` are those of the configured one."""
+        return self.weights if backbone == self.backbone else None
+
     @classmethod
     def from_strings(cls, values: Mapping[str, Any]) -> AppConfig:
         """Check and convert ``{"key": "text"}`` as ``--conf`` gives it.

@@ -42,6 +42,12 @@ class InputError(SamAdaptError):
     http_status = 400
 
 
+class NotFoundError(InputError):
+    """A name of something that is not there."""
+
+    http_status = 404
+
+
 class ConfigError(SamAdaptError):
     """An unknown configuration key, or a value outside what the key allows."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,36 @@ class Project:
         self.training = self.root / "training"
         self.cache = self.root / "cache"
         self.ledger = self.root / "ledger.json"
+        self.history = self.models / "history.json"
         self._published = self.root / "published.json"
         self._status = self.training / "status.json"
 
     def published(self) -> Path | None:
         """The model file that answers annotators; None before the first training."""
-        record = _read(self._published)
-        if not isinstance(record, dict) or not isinstance(record.get("model"), str):
+        name = self.published_record().get("model")
+        if not isinstance(name, str):
             return None
-        path = self.models / Path(record["model"]).name
+        path = self.models / Path(name).name
         return path if path.is_file() else None
 
-    def publish(self, model: Path) -> None:
+    def publish(self, model: Path, event: Mapping[str, Any] | None = None) -> None:
         """Let ``model``, a file in the models folder, answer from now on. One atomic rename.
+
+        Args:
+            model: the file.
+            event: what the history will say of it (``samadapt.versions``); kept here, so that no kill can lose it.
 
         Raises:
             InputError: there is no such model file.
         """
         if model.parent != self.models or not model.is_file():
             raise InputError("not a model of this project", where=model, remedy=f"Its models are in {self.models}.")
-        write_json(self._published, {"model": model.name, "time": time.time()})
+        write_json(self._published, {"model": model.name, "time": time.time(), "event": event})
+
+    def published_record(self) -> dict[str, Any]:
+        """What ``publish`` wrote last; ``{}`` before the first."""
+        record = _read(self._published)
+        return record if isinstance(record, dict) else {}
 
     def next_model(self) -> Path:
         """Path of the next version, ``v0001.safetensors`` and so on."""

@@ -34,6 +34,7 @@ from samadapt.training import checkpoint, train
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import Trainer
 from samadapt.training.slices import SliceSampler, few_slices, prepare
+from samadapt.versions import Versions
 from tiny import BACKBONES, write_studies
 
 LABELS = LabelMap(("bright", "dark"))
@@ -234,14 +235,19 @@ def test_an_untrained_model_finds_nothing(studies):
 def test_a_worse_candidate_is_not_published(studies, monkeypatch):
     project = Project(studies)
     first = train(find_cases(studies), LABELS, settings_for(40), project)
-    scores = iter([{"bright": 0.2, "dark": 0.2}, {"bright": 0.5, "dark": 0.5}])
+    scores = iter([{"case_3": {"bright": 0.2, "dark": 0.2}}, {"case_3": {"bright": 0.5, "dark": 0.5}}])
     for module in ("run", "gate"):
-        monkeypatch.setattr(f"samadapt.training.{module}.mean_dice", lambda *args: next(scores))
+        monkeypatch.setattr(f"samadapt.training.{module}.case_dice", lambda *args: next(scores))
     second = train(find_cases(studies), LABELS, settings_for(2), project)
     assert not second.published
-    assert "worse" in second.reason
+    assert "worse: held-out Dice 0.200, v0001 has 0.500 on the same 1 case" in second.reason
     assert project.published() == first.model
     assert second.model.is_file()
+    assert project.status()["refused"] == second.reason
+    refused = Versions(project).get("v0002")
+    assert (refused.verdict, refused.reason) == ("refused", second.reason)
+    assert refused.manifest["parent"] == "v0001"
+    assert refused.manifest["verdict"]["current"] == "v0001"
 
 
 @pytest.mark.parametrize("adapted", [0.3, 0.9])

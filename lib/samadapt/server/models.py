@@ -117,8 +117,7 @@ class Models:
             model = recipes.build(recipes.PLAIN, _PLACEHOLDER, config.backbone, config.weights, config.image_size)
             version = PLAIN
         else:
-            own_base = read_info(published).backbone == config.backbone
-            model = AdaptedModel.load(published, weights=config.weights if own_base else None)
+            model = AdaptedModel.load(published, weights=config.weights_for(read_info(published).backbone))
             version = published.resolve().stem
         model.merge()
         logger.info("model in service: %s", version)

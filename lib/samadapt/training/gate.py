@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +18,32 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.errors import WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
-from samadapt.evaluation.metrics import dice, mean, mean_by_class
+from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.metrics import dice
 from samadapt.inference.auto import segment
-from samadapt.model import AdaptedModel, read_info
+from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
+from samadapt.training.crossval import CrossValidation
 from samadapt.training.slices import read_case
 
 CLICKED_OBJECTS = 6
 CLICKED_SECONDS = 60.0
 """The comparison of clicks ends after so many objects, or after this time and one object at least."""
+
+CLEARLY_WORSE = 0.3
+"""Share of the published model's cross-validated Dice that a candidate's may lack. Folds this short scatter, and a
+third case may be harder than the first two; but one wrong label among three spoils its own part and both others."""
+
+CLEARLY_WORSE_OF_ANOTHER_KIND = 0.6
+"""The same where one figure is over halves of a case and the other over cases: another patient is harder to find."""
+
+SMALLEST_LOSS = 0.05
+"""Difference of two cross-validated Dice below which nothing is clear."""
+
+ROUNDING = 1e-9
+
+CaseDice = dict[str, dict[str, float]]
+"""Case id -> class -> Dice 0..1, or NaN."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +61,15 @@ class ClickScores:
     objects: int
 
 
-def mean_dice(
+def case_dice(
     model: AdaptedModel, cases: Sequence[Case], labels: LabelMap, cache: SliceCache | None = None
-) -> dict[str, float]:
-    """Mean Dice of each class on the native grid, without prompts; empty without cases."""
-    scores = []
+) -> CaseDice:
+    """Dice of every case and class on the native grid, without prompts; NaN where a class is in neither mask."""
+    scores = {}
     for case in cases:
         volume, truth, _ = read_case(case, labels)
-        scores.append(dice(segment(model, volume, cache=cache), truth, labels))
-    return mean_by_class(scores)
+        scores[case.id] = dice(segment(model, volume, cache=cache), truth, labels)
+    return scores
 
 
 def compare_clicks(
@@ -85,43 +103,132 @@ def compare_clicks(
     return ClickScores(float(adapted), float(before), len(scores))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate may answer annotators.
+
+    Attributes:
+        published: whether it may.
+        reason: why, or why not, with the figures of both; one sentence.
+        current: the version in service when this was found, with which it was compared where that was possible.
+        figures: what was compared, for programs; empty without a comparison.
+    """
+
+    published: bool
+    reason: str
+    current: str | None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of how well a candidate finds its classes; nothing of either in the shortest trainings.
+
+    Attributes:
+        held_out: its ``case_dice`` on the held-out cases.
+        crossed: where nothing is held out.
+    """
+
+    held_out: CaseDice
+    crossed: CrossValidation | None = None
+
+
 def judge(
-    candidate: Path,
-    scores: dict[str, float],
+    measured: Measured,
     held_out: Sequence[Case],
     labels: LabelMap,
     config: AppConfig,
     project: Project,
     cache: SliceCache | None = None,
-) -> tuple[bool, str]:
-    """Publish ``candidate`` unless the published model, with the same labels, is better on the held-out cases.
+) -> Verdict:
+    """Compare a candidate with the published model, on the same held-out cases.
+
+    The published one stays where its mean over the cases is higher. Where nothing is held out, it stays where its own
+    cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
     Args:
-        candidate: a model file of ``project``.
-        scores: its ``mean_dice`` on ``held_out``.
+        measured: how well the candidate finds its classes.
         held_out: what both are compared on.
         labels: the candidate's.
         config: where the base weights of the published model may be.
         project: whose published model may be replaced.
         cache: where embeddings are looked up and kept.
-
-    Returns:
-        Whether it was published, and why (or why not) in one sentence.
     """
     current = project.published()
-    reason = "published: the first model" if current is None else "published: nothing is held out to compare on yet"
-    if current is not None and held_out and read_info(current).labels == labels:
-        rival = _load_on_its_base(current, config)
-        if rival is None:
-            reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
-        else:
-            before, after = mean(mean_dice(rival, held_out, labels, cache).values()), mean(scores.values())
-            figures = f"held-out Dice {after:.3f}, {current.stem} has {before:.3f}"
-            if after < before:
-                return False, f"not published, it is worse: {figures}"
-            reason = f"published: {figures}"
-    project.publish(candidate)
-    return True, reason
+    if current is None:
+        return Verdict(True, "published: the first model", None)
+    info = read_info(current)
+    if info.labels != labels:
+        return Verdict(True, f"published without a comparison: {current.stem} knows other structures", current.stem)
+    if not held_out:
+        return _by_cross_validation(measured.crossed, info, current.stem)
+    rival = _load_on_its_base(current, config)
+    if rival is None:
+        reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
+        return Verdict(True, reason, current.stem)
+    return _by_held_out(measured.held_out, case_dice(rival, held_out, labels, cache), current.stem)
+
+
+def _by_held_out(own: CaseDice, other: CaseDice, current: str) -> Verdict:
+    pairs = paired(own, other)
+    if not pairs:
+        reason = f"published without a comparison with {current}: the held-out cases show none of the structures"
+        return Verdict(True, reason, current)
+    after, before = (estimate(side) for side in zip(*pairs, strict=True))
+    difference = estimate(mine - its for mine, its in pairs)
+    figures = (
+        f"held-out Dice {after.mean:.3f}, {current} has {before.mean:.3f} on the same {_cases(len(pairs))} "
+        f"({_difference(difference)})"
+    )
+    record = {"held_out": {"candidate": asdict(after), "published": asdict(before), "difference": asdict(difference)}}
+    if difference.mean < -ROUNDING:
+        return Verdict(False, f"not published, it is worse: {figures}", current, record)
+    return Verdict(True, f"published: {figures}", current, record)
+
+
+def _by_cross_validation(own: CrossValidation | None, info: ModelInfo, current: str) -> Verdict:
+    unknown = "published: nothing is held out to compare on yet"
+    other = info.training.get("cross_validation") or {}
+    if own is None or other.get("dice") is None:
+        which = "this training" if own is None else current
+        return Verdict(True, f"{unknown}, and {which} has no cross-validated figure", current)
+    same = (own.cases == 1) == (other["cases"] == 1)
+    margin = CLEARLY_WORSE if same else CLEARLY_WORSE_OF_ANOTHER_KIND
+    before, after = float(other["dice"]), own.dice
+    figures = f"{own}; {current} has {before:.3f}, {other['method']}"
+    record = {"cross_validation": {"candidate": after, "published": before, "margin": margin}}
+    if after < (1 - margin) * before and before - after > SMALLEST_LOSS:
+        reason = (
+            f"not published, its labels teach clearly less than those before (look for a wrong label among them): "
+            f"{figures}"
+        )
+        return Verdict(False, reason, current, record)
+    return Verdict(True, f"{unknown}, and it is not clearly worse: {figures}", current, record)
+
+
+def paired(own: CaseDice, other: CaseDice) -> list[tuple[float, float]]:
+    """Two models' mean Dice on each case, over the same classes; cases without any are left out.
+
+    Where a case does not show a class and one model alone finds some, that one has 0, and the other, which is right, 1.
+    """
+    pairs = []
+    for case, scores in own.items():
+        both = np.array([(scores[name], other[case][name]) for name in scores])
+        both = both[~np.isnan(both).all(axis=1)]
+        if len(both):
+            mine, its = np.nan_to_num(both, nan=1.0).mean(axis=0)
+            pairs.append((float(mine), float(its)))
+    return pairs
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'s' if count > 1 else ''}"
+
+
+def _difference(estimate: Estimate) -> str:
+    if estimate.count < 2:
+        return f"difference {estimate.mean:+.3f}; one case gives no interval"
+    return f"difference {estimate.mean:+.3f}, 95 % interval {estimate.low:+.3f} to {estimate.high:+.3f}"
 
 
 def _load_on_its_base(path: Path, config: AppConfig) -> AdaptedModel | None:

@@ -251,7 +251,9 @@ class Trainer:
             return {}
         started = time.monotonic()
         self._model.eval()
-        scores = [_frame_dice(self._model, case, self._tokens) for case in self._held_out]
+        scores = [
+            frame_dice(self._model, case, spread(len(case), VALIDATION_SLICES), self._tokens) for case in self._held_out
+        ]
         self._model.train()
         self.progress.checking += time.monotonic() - started
         return {name: mean(score[name] for score in scores) for name in self._model.info.labels.names}
@@ -284,14 +286,19 @@ def _groups(parameters: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[d
     ]
 
 
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``range(count)``, evenly spread, first and last among them."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
+
+
 @torch.inference_mode()
-def _frame_dice(model: AdaptedModel, case: PreparedCase, source: TokenSource) -> dict[str, float]:
-    """Dice of each class over the chosen slices of one case together; NaN where a class is in neither mask."""
-    count = min(len(case), VALIDATION_SLICES)
+def frame_dice(
+    model: AdaptedModel, case: PreparedCase, indices: Sequence[int], source: TokenSource
+) -> dict[str, float]:
+    """Dice of each class over slices of one case together, in the model frame; NaN where a class is in neither mask."""
     names = model.info.labels.names
     overlap, total = [0] * len(names), [0] * len(names)
-    indices = torch.linspace(0, len(case) - 1, count).round().long()
-    for chunk in indices.split(model.info.recipe.batch_size):
+    for chunk in torch.tensor(indices).split(model.info.recipe.batch_size):
         tokens, label = source.batch([Draw(case, index, None) for index in chunk.tolist()])
         found = model.class_logits(model.embed_tokens(tokens)).argmax(dim=1)
         truth = resize_label(label, found.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import time
@@ -23,15 +24,21 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.window import Window, choose_window
 from samadapt.errors import SamAdaptError, StateError
+from samadapt.evaluation.intervals import Estimate
+from samadapt.evaluation.metrics import mean_by_class
+from samadapt.files import sha256_of
 from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
 from samadapt.recipes import Recipe
-from samadapt.training import preview
-from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
+from samadapt.training import crossval, preview
+from samadapt.training.crossval import CrossValidation
+from samadapt.training.gate import ClickScores, Measured, Verdict, case_dice, compare_clicks, judge
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
+from samadapt.training.manifest import interval_of, manifest
 from samadapt.training.slices import PreparedCase, few_slices, prepare, read_case
 from samadapt.training.synthetic import RANGES, SyntheticSlices
+from samadapt.versions import Versions
 
 CPU_IMAGE_SIZE = 128
 """Largest automatic image size without a GPU, in pixels: beyond it a training of minutes sees too few slices."""
@@ -59,6 +66,8 @@ class TrainResult:
         published: whether it answers annotators now.
         reason: why, or why not; one sentence.
         dice: mean held-out Dice of each class on the native grid; empty without held-out cases.
+        interval: the mean over classes, and its confidence interval over the held-out cases; None without any.
+        cross_validation: what is known instead; None with held-out cases, and where it was not measured.
         clicks: how it follows clicks beside the plain model; the better one answers them.
         steps: optimiser steps.
         seconds: time in the training loop.
@@ -69,6 +78,8 @@ class TrainResult:
     published: bool
     reason: str
     dice: dict[str, float]
+    interval: Estimate | None
+    cross_validation: CrossValidation | None
     clicks: ClickScores
     steps: int
     seconds: float
@@ -134,8 +145,16 @@ class _Training:
     ) -> None:
         if not cases:
             raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
-        training, held_out = Ledger(project.ledger).split(cases)
-        self._training, self._held_out = (training, held_out) if training else (held_out, [])
+        self._training, self._held_out = Ledger(project.ledger).split(cases)
+        if not self._training:
+            raise StateError(
+                f"all {len(cases)} labelled cases are held out to judge models by",
+                where=project.ledger,
+                remedy="Submit the label of another case, then train.",
+            )
+        self._label_hashes = {case.id: sha256_of(case.label) for case in cases if case.label}
+        self._name = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
+        self._versions = Versions(project)
         self._labels = labels
         self._config = config
         self._project = project
@@ -145,7 +164,12 @@ class _Training:
     def run(self) -> TrainResult:
         """From the labelled cases to the published model."""
         self._log.phase("reading the labelled cases")
-        model = self._model()
+        plan = make_plan(self._training, self._labels, self._config)
+        model = self._untrained(plan)
+        start = _starting_point(self._project, model)
+        if start is not None:
+            model.load_trained(start)
+        parent = start.stem if start else None
         prepared = self._prepare(model)
         known = {case.id for case in self._training}
         learning = [case for case in prepared if case.id in known]
@@ -172,35 +196,33 @@ class _Training:
             )
             self._log.phase(remarks[-1])
         if self._wants_preview(model, budget) and not trainer.resumable():
-            self._preview(model, learning, checking)
+            self._preview(model, learning, checking, parent)
         done = trainer.run()
         if done.stopped_early:
             remarks.append(
                 f"ended after {done.step} steps, before its time was up: nothing better on the held-out cases since "
                 f"round {done.best_round} of {ROUNDS}"
             )
-        result = self._publish(model, done, remarks)
+        crossed = self._cross_validate(plan, learning, budget, remarks)
+        result = self._publish(model, done, parent, crossed, remarks)
         trainer.forget()
         self._log.end(
             "done",
             result.reason,
             dice=result.dice,
             published=result.published,
+            refused=None if result.published else result.reason,
+            cross_validation=str(result.cross_validation) if result.cross_validation else None,
             model=result.model.name,
             remarks=result.remarks,
         )
         return result
 
-    def _model(self) -> AdaptedModel:
-        """What training starts from: the published model, if it was built as this one is, else an untrained one."""
+    def _untrained(self, plan: Plan) -> AdaptedModel:
         config = self._config
         recipe = recipes.configured(config)
-        plan = make_plan(self._training, self._labels, config)
         model = recipes.build(recipe, self._labels, config.backbone, config.weights, plan.image_size)
         model.describe(window=plan.window, context=recipe.context, planes=config.planes)
-        start = _starting_point(self._project, model)
-        if start is not None:
-            model.load_trained(start)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _prepare(self, model: AdaptedModel) -> list[PreparedCase]:
@@ -228,7 +250,13 @@ class _Training:
             and budget.steps > preview.STEPS
         )
 
-    def _preview(self, model: AdaptedModel, learning: Sequence[PreparedCase], checking: Sequence[PreparedCase]) -> None:
+    def _preview(
+        self,
+        model: AdaptedModel,
+        learning: Sequence[PreparedCase],
+        checking: Sequence[PreparedCase],
+        parent: str | None,
+    ) -> None:
         """Publish a model with a new head, if it is better, before the long training; it goes on from that head."""
 
         def report(progress: Progress) -> None:
@@ -236,24 +264,67 @@ class _Training:
 
         done = preview.refit_head(model, learning, checking, self._project.training / "preview", self._cache, report)
         model.describe(trained=True)
-        scores = mean_dice(model, self._held_out, self._labels, self._cache)
+        measured = Measured(case_dice(model, self._held_out, self._labels, self._cache))
+        scores = mean_by_class(list(measured.held_out.values()))
         if scores and max(scores.values()) < NOT_FOUND:
             self._log.phase("preview finds nothing yet, so it is not published")
             return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
         current = self._project.published()
-        answers_prompts = read_info(current).answers_prompts if current else False
-        file = self._save(model, done, scores, answers_prompts)
-        published, reason = self._judge(file, scores)
-        if not published:
+        model.describe(answers_prompts=read_info(current).answers_prompts if current else False)
+        file, verdict = self._decide(model, done, parent, measured)
+        if not verdict.published:
             file.unlink()
-        self._log.phase(f"preview {reason}")
+        self._log.phase(f"preview {verdict.reason}")
 
-    def _publish(self, model: AdaptedModel, done: Progress, remarks: list[str]) -> TrainResult:
+    def _cross_validate(
+        self, plan: Plan, learning: Sequence[PreparedCase], budget: Budget, remarks: list[str]
+    ) -> CrossValidation | None:
+        """Where nothing is held out, a figure all the same; a remark tells it, or why there is none."""
+        if self._held_out:
+            return None
+        found, folds = None, crossval.make_folds(learning, self._training)
+        if budget.seconds < crossval.WORTHWHILE:
+            why = f"the training is shorter than {crossval.WORTHWHILE:.0f} s"
+        elif not folds:
+            why = "a single labelled slice cannot be divided"
+        else:
+            found = crossval.cross_validate(
+                folds, len(self._training), budget, self._cache, lambda *fold: self._fit_fold(plan, *fold)
+            )
+            why = "no structure is shown by more than one part"
+        remarks.append(str(found) if found else f"nothing is held out yet, and not cross-validated: {why}")
+        self._log.phase(remarks[-1])
+        return found
+
+    def _fit_fold(self, plan: Plan, learning: Sequence[PreparedCase], budget: Budget, name: str) -> AdaptedModel:
+        """Train an untrained model as this training does, but for its starting point, its time and its cases."""
+        model = self._untrained(plan)
+        folder = self._project.training / "fold"
+        bank = _synthetic(learning, model.info.recipe)
+
+        def report(progress: Progress) -> None:
+            self._log.phase(name)
+
+        trainer = Trainer(model, learning, [], budget, folder, self._cache, "", report, synthetic=bank)
+        trainer.forget()
+        trainer.run()
+        trainer.forget()
+        return model
+
+    def _publish(
+        self,
+        model: AdaptedModel,
+        done: Progress,
+        parent: str | None,
+        crossed: CrossValidation | None,
+        remarks: list[str],
+    ) -> TrainResult:
         """Measure a trained model, save it, and publish it if it is no worse than what is published."""
         self._log.phase("measuring on the held-out cases")
         model.describe(trained=True)
-        scores = mean_dice(model, self._held_out, self._labels, self._cache)
+        measured = Measured(case_dice(model, self._held_out, self._labels, self._cache), crossed)
+        scores = mean_by_class(list(measured.held_out.values()))
         clicks = compare_clicks(
             model,
             self._held_out or self._training,
@@ -261,38 +332,45 @@ class _Training:
             self._config,
             lambda number, total: self._log.phase(f"clicking on object {number} of {total}"),
         )
-        candidate = self._save(
-            model, done, scores, model.takes_prompts and clicks.adapted >= clicks.plain, dataclasses.asdict(clicks)
-        )
-        published, reason = self._judge(candidate, scores)
+        model.describe(answers_prompts=model.takes_prompts and clicks.adapted >= clicks.plain)
+        candidate, verdict = self._decide(model, done, parent, measured, clicks)
+        if not verdict.published:
+            self._versions.refuse(candidate, verdict.reason, self._name)
         missed = [f"{name}: not found on the held-out cases yet" for name, score in scores.items() if score < NOT_FOUND]
-        return TrainResult(candidate, published, reason, scores, clicks, done.step, done.seconds, [*remarks, *missed])
+        interval = interval_of(measured.held_out) if measured.held_out else None
+        return TrainResult(
+            candidate,
+            verdict.published,
+            verdict.reason,
+            scores,
+            interval,
+            crossed,
+            clicks,
+            done.step,
+            done.seconds,
+            [*remarks, *missed],
+        )
 
-    def _judge(self, candidate: Path, scores: dict[str, float]) -> tuple[bool, str]:
-        return judge(candidate, scores, self._held_out, self._labels, self._config, self._project, self._cache)
-
-    def _save(
+    def _decide(
         self,
         model: AdaptedModel,
         done: Progress,
-        scores: dict[str, float],
-        answers_prompts: bool,
-        clicks: dict[str, Any] | None = None,
-    ) -> Path:
-        record = {
-            "cases": [case.id for case in self._training],
-            "held_out": [case.id for case in self._held_out],
-            "held_out_dice": scores,
-            "one_click_dice": clicks,
-            "steps": done.step,
-            "seconds": round(done.seconds, 1),
-            "rounds": done.history,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        model.describe(training=record, answers_prompts=answers_prompts)
-        path = self._project.next_model()
-        model.save(path)
-        return path
+        parent: str | None,
+        measured: Measured,
+        clicks: ClickScores | None = None,
+    ) -> tuple[Path, Verdict]:
+        """Judge a candidate, save it with its manifest, and publish it if it may be; again if somebody came between."""
+        while True:
+            verdict = judge(measured, self._held_out, self._labels, self._config, self._project, self._cache)
+            record = manifest(
+                model, self._config, self._training, self._held_out, self._label_hashes, done, measured, verdict, clicks
+            )
+            model.describe(training={**record, "name": self._name, "parent": parent})
+            file = self._project.next_model()
+            model.save(file)
+            if not verdict.published or self._versions.publish(file, verdict.reason, self._name, verdict.current):
+                return file, verdict
+            file.unlink()
 
 
 @contextmanager
