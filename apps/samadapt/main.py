@@ -161,7 +161,7 @@ class SamAdaptApp(MONAILabelApp):
         super().on_save_label(image_id, label_id)
         if isinstance(self.datastore(), SafeDicomDatastore):
             self.datastore().forget_lists()
-        self.outlook.labelled(image_id)
+        self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
         self.label_source.learn_from(self.datastore())
         warnings = label_warnings(*self.datastore().last_saved, self.label_source.current())

@@ -103,6 +103,11 @@ class SafeDatastore(LocalDatastore):
         path = LocalDatastore.get_image_uri(self, image_id) if image_id in self._datastore.objects else ""
         return Path(path) if path else None
 
+    def local_label(self, image_id: str) -> Path | None:
+        """File of an image's final label, if it has one and it is on this machine already."""
+        path = LocalDatastore.get_label_uri(self, image_id, DefaultLabelTag.FINAL)
+        return Path(path) if path else None
+
     def final_labels(self) -> list[Path]:
         """The files of all labels that count."""
         folder = Path(self._datastore.label_path(DefaultLabelTag.FINAL))

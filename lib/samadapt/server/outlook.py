@@ -13,7 +13,7 @@ from samadapt.activelearning.leases import Leases
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
-from samadapt.data.cases import find_cases
+from samadapt.data.cases import Case, find_cases
 from samadapt.errors import SamAdaptError
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
@@ -61,30 +61,25 @@ class Outlook:
 
     def look(self, image: str, wait: Callable[[], None]) -> None:
         """Gather what strategies need of one image. ``wait`` returns when the machine is free for it."""
-        path = Path(self._datastore().image_path(image))
         served = self._models.current()
         trained = served.version != PLAIN
-        label = self._label(image, served.model.info.labels) if trained else None
+        case = self._labelled_case(image) if trained else None
         self._survey.look(
             image,
-            path,
+            Path(self._datastore().image_path(image)),
             self._needs,
+            plain=self._models.plain().model,
             model=served.model if trained else None,
             version=served.version if trained else None,
-            plain=self._models.plain().model,
             cache=self._models.cache,
-            label=label,
+            label=read_case(case, served.model.info.labels)[1] if case else None,
+            label_file=case.label if case else None,
             progress=lambda done, total: wait(),
         )
 
     def unreadable(self, image: str, why: str) -> None:
         """Propose this image to nobody until the server starts anew."""
         self._unreadable[image] = why
-
-    def labelled(self, image: str) -> None:
-        """An image has a new final label: whoever had it is done, and how model and label agree is open again."""
-        self.leases.end(image)
-        self._survey.forget(image, frozenset({"label_dice"}))
 
     # ---- for annotators
 
@@ -181,11 +176,11 @@ class Outlook:
         version = self._models.version()
         proposals = self._datastore().get_image_info(image).get("strategy", {}).values()
         proposed = max((float(one.get("ts", 0)) for one in proposals), default=0.0)
-        return self._survey.candidate(image, path, None if version == PLAIN else version, proposed)
+        label = self._datastore().local_label(image)
+        return self._survey.candidate(image, path, None if version == PLAIN else version, proposed, label)
 
-    def _label(self, image: str, labels: Any) -> Any:
-        """The final label of an image in the order of ``labels``, None where it has none."""
-        if image not in self._datastore().get_labeled_images():
+    def _labelled_case(self, image: str) -> Case | None:
+        """The image with its final label, None where it has none."""
+        if self._datastore().local_label(image) is None:
             return None
-        case = next((case for case in find_cases(self._studies) if case.id == image and case.label), None)
-        return read_case(case, labels)[1] if case else None
+        return next((case for case in find_cases(self._studies) if case.id == image and case.label), None)
