@@ -1,0 +1,167 @@
+"""What is proposed to whom, on a real datastore with a tiny model."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from samadapt import recipes
+from samadapt.activelearning.registry import NAMES, strategy
+from samadapt.config import AppConfig
+from samadapt.data.slice_cache import SliceCache
+from samadapt.data.volume import read_volume
+from samadapt.project import Project
+from samadapt.server.datastore import SafeDatastore
+from samadapt.server.models import PLAIN
+from samadapt.server.outlook import ALL_LABELLED, Outlook
+from samadapt.server.strategies import all_strategies
+from tiny import BACKBONES, write_studies
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LABELS = ("bright", "dark")
+INFO = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, start=1)]}
+
+
+class Serving:
+    """``Models`` with a tiny backbone; ``train`` publishes a model that has learned nothing much."""
+
+    def __init__(self, folder):
+        self.cache = SliceCache(folder / "cache", gib=1)
+        self._plain = SimpleNamespace(
+            model=recipes.build(recipes.PLAIN, LABELS, BACKBONES["per_head"]()), version=PLAIN
+        )
+        self._current = self._plain
+        self.volume = read_volume
+
+    def train(self, name="v0001"):
+        model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()
+        model.describe(trained=True)
+        self._current = SimpleNamespace(model=model, version=name)
+
+    def trained(self):
+        return self._current is not self._plain
+
+    def version(self):
+        return self._current.version
+
+    def current(self):
+        return self._current
+
+    def plain(self):
+        return self._plain
+
+
+@pytest.fixture
+def studies(tmp_path):
+    folder = tmp_path / "studies"
+    write_studies(folder, 4)
+    shutil.move(folder / "labels", tmp_path / "labels")
+    return folder
+
+
+@pytest.fixture
+def store(studies):
+    return SafeDatastore(str(studies))
+
+
+@pytest.fixture
+def serving(tmp_path):
+    return Serving(tmp_path)
+
+
+def outlook_of(studies, store, serving, **conf):
+    return Outlook(AppConfig.from_strings(conf), Project(studies), serving, lambda: store)
+
+
+@pytest.fixture
+def outlook(studies, store, serving):
+    return outlook_of(studies, store, serving)
+
+
+def label(store, tmp_path, image):
+    store.save_label(image, str(tmp_path / "labels" / "final" / f"{image}.nii.gz"), "final", INFO)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "revisit"])
+@pytest.mark.parametrize("looked", [False, True])
+def test_every_strategy_gives_everybody_a_case_of_their_own(name, looked, outlook, store, serving, tmp_path):
+    label(store, tmp_path, "case_3")
+    if looked:
+        serving.train()
+        outlook._needs |= strategy(name).needs
+        for image in store.list_images():
+            outlook.look(image, lambda: None)
+    answers = [outlook.propose(strategy(name), client) for client in ("ann", "bob", None)]
+    assert {answer["id"] for answer in answers} == {"case_0", "case_1", "case_2"}
+    for answer in answers:
+        assert answer["reason"]
+        assert answer["chosen_by"] == name
+        assert all(0 <= index < 6 for index in answer["slices"])
+        assert len(set(answer["slices"])) == len(answer["slices"])
+    assert outlook.propose(strategy(name), "eve") is None
+    assert "3 images" in outlook.why_nothing()
+
+
+def test_ohif_s_name_means_the_configured_strategy(outlook):
+    assert all_strategies("last", outlook)["random"]({}, None)["chosen_by"] == "last"
+
+
+def test_an_unreadable_image_is_skipped_and_reported(studies, outlook):
+    (studies / "case_0.nii.gz").write_bytes(gzip.compress(b"no image"))
+    answer = outlook.propose(strategy("first"), "ann")
+    assert answer["id"] == "case_1"
+    assert list(answer["skipped"]) == ["case_0"]
+
+
+def test_everything_labelled_says_so(outlook, store, tmp_path):
+    for image in list(store.list_images()):
+        label(store, tmp_path, image)
+    assert outlook.propose(strategy("auto"), "ann") is None
+    assert outlook.why_nothing() == ALL_LABELLED
+
+
+def test_no_two_people_at_one_case_even_after_a_restart(studies, store, serving):
+    first = outlook_of(studies, store, serving).propose(strategy("first"), "ann")
+    again = outlook_of(studies, store, serving).propose(strategy("first"), "bob")
+    assert first["id"] != again["id"]
+
+
+def test_a_lease_of_no_time_is_none(studies, store, serving):
+    outlook = outlook_of(studies, store, serving, lease_minutes="0")
+    assert outlook.propose(strategy("first"), "ann")["id"] == outlook.propose(strategy("first"), "bob")["id"]
+
+
+def test_the_worklist_orders_what_has_been_examined_and_names_the_rest(outlook, serving):
+    serving.train()
+    for image in ("case_2", "case_1"):
+        outlook.look(image, lambda: None)
+    listed = outlook.worklist()
+    assert listed["model_version"] == "v0001"
+    assert {case["id"] for case in listed["cases"]} == {"case_1", "case_2"}
+    means = [case["mean"] if case["mean"] is not None else -1 for case in listed["cases"]]
+    assert means == sorted(means)
+    assert listed["not_examined_yet"] == ["case_0", "case_3"]
+
+
+def test_a_new_version_looks_anew(outlook, serving):
+    serving.train()
+    outlook.look("case_1", lambda: None)
+    assert outlook.quality("case_1") is not None
+    serving.train("v0002")
+    assert outlook.quality("case_1") is None
+
+
+def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):
+    label(store, tmp_path, "case_3")
+    serving.train()
+    outlook.look("case_3", lambda: None)
+    assert outlook.propose(strategy("revisit"), "ann")["id"] == "case_3"
+
+
+def test_what_comes_next_is_encoded_first(outlook, store, tmp_path):
+    label(store, tmp_path, "case_0")
+    outlook.propose(strategy("last"), "ann")
+    assert outlook.upcoming() == ["case_3", "case_2", "case_1", "case_0"]
