@@ -60,9 +60,29 @@ def training():
     return []
 
 
+class Told:
+    """What the thread has told others."""
+
+    def __init__(self):
+        self.looked = []
+        self.failed = {}
+
+
 @pytest.fixture
-def working(serving, images, training):
-    return ahead.AheadOfNeed(serving, lambda: list(images), lambda name: str(images[name]), lambda: bool(training))
+def told():
+    return Told()
+
+
+@pytest.fixture
+def working(serving, images, training, told):
+    return ahead.AheadOfNeed(
+        serving,
+        lambda: list(images),
+        lambda name: str(images[name]),
+        lambda: bool(training),
+        lambda image, wait: told.looked.append(image),
+        told.failed.__setitem__,
+    )
 
 
 def encoded(serving, path) -> int:
@@ -78,11 +98,13 @@ def wait_for(condition, seconds=30.0):
         time.sleep(0.01)
 
 
-def test_every_image_is_encoded_and_progress_says_so(working, serving, images):
+def test_every_image_is_encoded_and_looked_at_and_progress_says_so(working, serving, images, told):
     assert working.progress()["images_done"] == 0
     working.start()
     wait_for(lambda: working.progress()["images_done"] == 3)
     assert all(encoded(serving, path) == 6 for path in images.values())
+    assert told.looked == ["one", "two", "three"]
+    assert told.failed == {}
     assert working.progress() == {"images_done": 3, "images": 3, "image": None, "slices_done": 0, "slices": 0}
 
 
@@ -108,11 +130,19 @@ def test_it_gives_way_to_requests_and_trainings(working, serving, images, traini
     wait_for(lambda: working.progress()["images_done"] == 3)
 
 
-def test_an_image_that_cannot_be_read_does_not_stop_the_others(working, serving, images, caplog):
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(working, serving, images, caplog, told):
     images["one"].write_bytes(b"no gzip")
     working.start()
     wait_for(lambda: encoded(serving, images["three"]) == 6)
     assert "one is not encoded ahead" in caplog.text
+    assert list(told.failed) == ["one"]
+
+
+def test_an_image_with_a_new_label_is_looked_at_again(working, told):
+    working.start()
+    wait_for(lambda: len(told.looked) == 3)
+    working.again("two")
+    wait_for(lambda: told.looked[3:] == ["two"])
 
 
 def test_a_new_version_is_encoded_anew(working, serving, images):

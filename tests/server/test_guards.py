@@ -33,15 +33,23 @@ def training(monkeypatch):
     process.wait()
 
 
-def test_a_stopped_training_is_over_when_the_answer_comes(training):
-    answer = guards._stop(lambda: utils.stop_background_task("train"))()
+@pytest.fixture
+def stopping():
+    """An app that notes that somebody has stopped a training."""
+    noted = []
+    return SimpleNamespace(auto_train=SimpleNamespace(stopped_by_hand=lambda: noted.append(True)), noted=noted)
+
+
+def test_a_stopped_training_is_over_when_the_answer_comes(training, stopping):
+    answer = guards._stop(lambda: utils.stop_background_task("train"), stopping)()
     assert answer["status"] == "STOPPED"
     assert not psutil.pid_exists(training.pid)
+    assert stopping.noted == [True]
 
 
-def test_a_training_that_does_not_end_is_not_waited_for_for_ever(training, monkeypatch, caplog):
+def test_a_training_that_does_not_end_is_not_waited_for_for_ever(training, stopping, monkeypatch, caplog):
     monkeypatch.setattr(guards, "LONGEST_DEATH_S", 0.05)
-    assert guards._stop(lambda: utils.stop_background_task("train"))()["status"] == "STOPPED"
+    assert guards._stop(lambda: utils.stop_background_task("train"), stopping)()["status"] == "STOPPED"
     assert "has not ended" in caplog.text
 
 
