@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 from scipy.spatial.distance import cdist
+from sklearn.metrics import silhouette_score
 
 from samadapt.activelearning.clusters import cluster, one_of_each
 from samadapt.activelearning.pools import by_id, completed
@@ -19,6 +20,9 @@ NEIGHBOURS = 20
 
 PURITY = 0.95
 """Share of balls that ProbCover's radius leaves within one cluster (the paper's number)."""
+
+MOST_KINDS = 10
+"""Clusters that ProbCover tries at most."""
 
 _RADII = 50
 _NO_DESCRIPTOR = "The encoder has not seen it yet, so nothing tells it from others; drawn at random."
@@ -137,8 +141,8 @@ class ProbCover(ByDescriptor):
     """Greedy cover: always the case with most others near it that nothing labelled is near to (Yehuda et al., 2022).
 
     Near is within a radius. As in the paper it is the largest at which ``PURITY`` of all balls lie within one cluster;
-    the paper makes as many clusters as there are image classes, which cases have none of: here as many as cases will be
-    labelled after the choice, at least two. So the more are labelled, the finer the cover.
+    the paper makes as many clusters as there are image classes, which cases have none of: here as many, 2 to
+    ``MOST_KINDS``, as are told apart best (silhouette; Rousseeuw, 1987).
     """
 
     name = "probcover"
@@ -146,8 +150,7 @@ class ProbCover(ByDescriptor):
 
     def choose(self, space: Space, count: int, seed: int) -> list[Pick]:
         apart = cdist(space.all_points, space.all_points)
-        groups = cluster(space.all_points, max(2, len(space.covered) + count), seed)
-        radius = pure_radius(apart, groups.of)
+        radius = pure_radius(apart, _kinds(space.all_points, apart, seed))
         labelled = len(space.covered)
         near = apart[labelled:, labelled:] <= radius
         open_cases = ~(apart[labelled:, :labelled] <= radius).any(axis=1)
@@ -182,6 +185,19 @@ def pure_radius(apart: np.ndarray, groups: np.ndarray) -> float:
     other = np.where(groups[:, None] != groups[None], apart, np.inf).min(axis=1)  # to the nearest of another group
     pure = [radius for radius in radii if (other > radius).mean() >= PURITY]
     return float(max(pure, default=0.0))
+
+
+def _kinds(points: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) the cluster of each point, of so many clusters as are told apart best; 0 for all where hardly any differ."""
+    best, kinds = -1.0, np.zeros(len(points), dtype=int)
+    for count in range(2, min(MOST_KINDS, len(points) - 1) + 1):
+        groups = cluster(points, count, seed)
+        if len(groups.centres) < count:
+            break
+        told_apart = float(silhouette_score(apart, groups.of, metric="precomputed"))
+        if told_apart > best:
+            best, kinds = told_apart, groups.of
+    return kinds
 
 
 def _cover_reason(gain: int) -> str:
