@@ -25,6 +25,7 @@ from monailabel.utils.async_tasks.utils import processes, tasks
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
+from samadapt.server import versions
 
 if TYPE_CHECKING:
     from samadapt.server.train import TrainSamAdapt
@@ -53,6 +54,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     train.stop = _stop(train.stop)
     server.add_exception_handler(SamAdaptError, _answer)
     server.add_exception_handler(MONAILabelException, _answer_host)
+    versions.install(server, app.project, app.settings)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
     _warn_if_public()
 
