@@ -59,8 +59,7 @@ class TrainSamAdapt(TrainTask):
     def config(self) -> dict[str, Any]:
         values = {key: getattr(self._settings, key) for key in SETTINGS}
         shown = {key: "auto" if value is None else value for key, value in values.items()}
-        names = [version.name for version in self._versions.all()]
-        return {**shown, PROMOTE: [NONE, *reversed(names)]}  # a list is what viewers make a choice of
+        return {**shown, PROMOTE: [NONE, *reversed(self._versions.names())]}  # a list is what viewers make a choice of
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
         """The settings of a training that can start now.
