@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer._click.exceptions import ClickException  # typer carries its own click and does not export this base class
 
-from samadapt import __version__
+from samadapt import __version__, cli_models
 from samadapt.config import AppConfig, closest
 from samadapt.errors import ConfigError, InputError, SamAdaptError, StateError
 from samadapt.memory import keep_freed_memory
@@ -45,6 +45,7 @@ app = typer.Typer(
     help="Adapt Segment-Anything models to your own images while you label them.",
     epilog="Start with: samadapt demo",
 )
+app.add_typer(cli_models.app, name="models")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to standard output, and nothing else there.")]
 Studies = Annotated[Path, typer.Argument(help="Folder with the images, and labels/ or labels/final in it.")]
@@ -192,6 +193,8 @@ def train(
             result = run(cases, label_map, config, project, progress)
         value = {**plain(result), "labels": label_map.names}
         rows = [[name, figure(score)] for name, score in result.dice.items()]
+        if result.interval and result.interval.count > 1:
+            rows.append(["mean, 95 % interval", f"{figure(result.interval.low)} to {figure(result.interval.high)}"])
         shown = [table("Dice on the held-out cases", ["structure", "Dice"], rows)] if rows else []
         lines = [str(result.model), f"{result.steps} steps in {result.seconds:.0f} s; {result.reason}."]
         if result.clicks.objects:

@@ -121,11 +121,15 @@ class Versions:
         last = self._last_published()
         return events if last is None or last in events else [*events, last]
 
+    def names(self) -> list[str]:
+        """Of every version, oldest first. Cheap."""
+        found = [file.stem for file in self._project.models.glob("v*.safetensors") if NAME.fullmatch(file.stem)]
+        return sorted(found, key=lambda name: int(name[1:]))
+
     def all(self) -> list[Version]:
         """Every version, oldest first."""
         events, current = self.events(), self._project.published()
-        files = [file for file in self._project.models.glob("v*.safetensors") if NAME.fullmatch(file.stem)]
-        return [_version(file, events, current) for file in sorted(files, key=lambda file: int(file.stem[1:]))]
+        return [_version(self._file(name), events, current) for name in self.names()]
 
     def get(self, name: str) -> Version:
         """One version.
@@ -136,7 +140,7 @@ class Versions:
         """
         if not NAME.fullmatch(name):
             raise InputError(f"{name!r} is no version", where="version", remedy="Versions are called v0001, v0002, ...")
-        file = self._project.models / f"{name}.safetensors"
+        file = self._file(name)
         if not file.is_file():
             raise NotFoundError(f"there is no version {name}", where="version", remedy=self._known())
         return _version(file, self.events(), self._project.published())
@@ -190,7 +194,7 @@ class Versions:
         """
         stack, current = _served(self.events()), self._project.published()
         for event in reversed(stack):
-            file = self._project.models / f"{event['version']}.safetensors"
+            file = self._file(event["version"])
             if file.is_file() and file != current:
                 return self.get(event["version"])
         raise StateError("no version was in service before this one", where="rollback", remedy=self._known())
@@ -261,8 +265,11 @@ class Versions:
         }
 
     def _known(self) -> str:
-        names = sorted(file.stem for file in self._project.models.glob("v*.safetensors") if NAME.fullmatch(file.stem))
+        names = self.names()
         return f"Versions: {', '.join(names)}." if names else "Train first: there is no version yet."
+
+    def _file(self, name: str) -> Path:
+        return self._project.models / f"{name}.safetensors"
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

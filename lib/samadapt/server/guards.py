@@ -25,7 +25,7 @@ from monailabel.utils.async_tasks.utils import processes, tasks
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints
+from samadapt.server import endpoints, versions
 
 if TYPE_CHECKING:
     from samadapt.server.train import TrainSamAdapt
@@ -50,9 +50,10 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
     train.stop = _stop(train.stop, app)
-    server.include_router(endpoints.router(app))
     server.add_exception_handler(SamAdaptError, _answer)
     server.add_exception_handler(MONAILabelException, _answer_host)
+    versions.install(server, app.project, app.settings)
+    endpoints.install(server, app)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
     _warn_if_public()
 

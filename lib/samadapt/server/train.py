@@ -20,11 +20,17 @@ from samadapt.data.cases import find_cases
 from samadapt.errors import StateError
 from samadapt.project import Project
 from samadapt.server.labels import LabelSource
+from samadapt.terminal import plain
 from samadapt.training import train
 from samadapt.training.loop import ROUNDS
+from samadapt.versions import Versions
 
 SETTINGS = ("max_train_minutes", "max_steps", "recipe")
 """What a request may change; the rest is settled when the server starts."""
+
+PROMOTE, NONE = "promote", "none"
+"""The option that puts a version in service in place of a training, for viewers, which can ask for nothing else. It
+names the version, as a viewer keeps an option: "one back" would go back again with every later training."""
 
 NICENESS = 10
 """Whoever waits for an answer of the server gets the processor before the training."""
@@ -48,22 +54,31 @@ class TrainSamAdapt(TrainTask):
         self._settings = settings
         self._project = project
         self._labels = labels
+        self._versions = Versions(project)
 
     def config(self) -> dict[str, Any]:
         values = {key: getattr(self._settings, key) for key in SETTINGS}
-        return {key: "auto" if value is None else value for key, value in values.items()}
+        shown = {key: "auto" if value is None else value for key, value in values.items()}
+        return {**shown, PROMOTE: [NONE, *reversed(self._versions.names())]}  # a list is what viewers make a choice of
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
         """The settings of a training that can start now.
 
         Raises:
             ConfigError: an unknown setting, a bad value, or a recipe that the other settings do not fit.
-            StateError: nothing to learn from yet.
+            InputError: there is no version of the name that is to be put in service.
+            StateError: nothing to learn from yet, or that version is in service already.
         """
-        known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, self.name)}
+        known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, PROMOTE, self.name)}
         parsed = {"backbone": self._settings.backbone, **parse_values(known, SETTINGS)}
         config = dataclasses.replace(self._settings, **with_backbone(parsed))
         recipes.configured(config)  # refuses now what the training would refuse later
+        if (wanted := _wanted_version(request)) is not None:
+            if self._versions.get(wanted).in_service:
+                raise StateError(
+                    f"{wanted} is in service already", where=PROMOTE, remedy=f"To train, set {PROMOTE} to {NONE}."
+                )
+            return config
         if not datastore.get_labeled_images():
             raise StateError(
                 "no image is labelled yet", where="datastore", remedy="Submit at least one label, then train."
@@ -89,6 +104,9 @@ class TrainSamAdapt(TrainTask):
             "best_metric": status.get("best_metric") or 0.0,
             "message": status.get("message", "no training yet"),
             "state": status.get("state", "none"),
+            "refused": status.get("refused"),
+            "cross_validation": status.get("cross_validation"),
+            "in_service": self._in_service(),
         }
         if _about_to_start(status):
             return {**record, "epoch": 0, "message": "starting", "state": "running"}
@@ -102,8 +120,12 @@ class TrainSamAdapt(TrainTask):
         return record
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train; everything printed here reaches ``GET /train/`` as ``details``."""
+        """Train, or put a version in service; everything printed here reaches ``GET /train/`` as ``details``."""
         config = self.check(request, datastore)
+        if (wanted := _wanted_version(request)) is not None:
+            done = self._versions.promote(wanted, "a viewer", config)
+            print(f"{wanted} is in service now, {done.events[-1]['reason']}", flush=True)
+            return dict(plain(done.summary()))
         labels = self._labels.current()
         assert labels is not None
         if threading.current_thread() is threading.main_thread():  # else this is the server itself (``run_sync``)
@@ -111,7 +133,18 @@ class TrainSamAdapt(TrainTask):
         datastore.datalist()  # over DICOMweb this fetches the labels that others have stored
         result = train(find_cases(self._project.root.parent), labels, config, self._project, _print_news())
         print("\n".join([result.reason, *result.remarks]), flush=True)
-        return {**dataclasses.asdict(result), "model": result.model.stem}
+        return {**plain(result), "model": result.model.stem}
+
+    def _in_service(self) -> str | None:
+        published = self._project.published()
+        return published.stem if published else None
+
+
+def _wanted_version(request: Mapping[str, Any]) -> str | None:
+    """The version to put in service; None: train. A viewer may send the whole choice, whose first is meant."""
+    value = request.get(PROMOTE) or NONE
+    name = str(value[0] if isinstance(value, list) else value).strip()
+    return None if name == NONE else name
 
 
 def is_under_way(project: Project) -> bool:

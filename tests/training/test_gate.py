@@ -1,0 +1,209 @@
+"""What may replace a published model: figures on the same held-out cases, or cross-validation where there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from samadapt import recipes
+from samadapt.config import AppConfig
+from samadapt.data.cases import Case, find_cases
+from samadapt.data.labels import LabelMap
+from samadapt.data.window import Window
+from samadapt.errors import StateError
+from samadapt.model import read_info
+from samadapt.project import Project
+from samadapt.training import crossval, gate, train
+from samadapt.training.crossval import CrossValidation, make_folds
+from samadapt.training.gate import Measured, judge, paired
+from samadapt.training.slices import prepare
+from samadapt.versions import Versions
+from tiny import BACKBONES, write_studies
+
+LABELS = LabelMap(("bright", "dark"))
+NAN = math.nan
+
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
+
+@pytest.fixture
+def studies(tmp_path):
+    write_studies(tmp_path / "studies", 5)
+    return tmp_path / "studies"
+
+
+def settings_for(steps: int, **others) -> AppConfig:
+    texts = {"max_steps": str(steps), "max_train_minutes": "5", "image_size": "64"}
+    return AppConfig.from_strings(texts | others)
+
+
+def poison(case: Case) -> None:
+    """Bright for dark and the reverse, and all at another place."""
+    image = nib.load(case.label)
+    label = np.asarray(image.dataobj)
+    wrong = np.roll(np.array([0, 2, 1], np.uint8)[label], 12, axis=1)
+    nib.save(nib.Nifti1Image(wrong, image.affine), case.label)
+
+
+# ---- figures
+
+
+def test_pairs_are_compared_class_by_class():
+    own = {"a": {"x": 0.8, "y": NAN}, "b": {"x": NAN, "y": NAN}, "c": {"x": 0.5, "y": 0.0}}
+    other = {"a": {"x": 0.6, "y": NAN}, "b": {"x": NAN, "y": NAN}, "c": {"x": 0.7, "y": NAN}}
+    assert paired(own, other) == [(0.8, 0.6), (0.25, 0.85)]  # y is not in c: nothing found is right there
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A project with v0001 in service, whose manifest is as given."""
+
+    def make(**training) -> Project:
+        backbone = BACKBONES["per_head"]()
+        backbone.weights_sha256 = "0" * 64
+        model = recipes.build("lora_late", LABELS, backbone)
+        model.describe(trained=True, training=training)
+        project = Project(tmp_path / "project")
+        model.save(project.next_model())
+        assert Versions(project).publish(project.models / "v0001.safetensors", "", "one", None)
+        return project
+
+    return make
+
+
+HELD_OUT = [Case("a", None), Case("b", None)]
+
+
+@pytest.mark.parametrize(("better", "may"), [(0.1, True), (0.0, True), (-0.001, False)])
+def test_equal_may_and_worse_may_not_and_both_figures_are_told(published, monkeypatch, better, may):
+    old = {"a": {"bright": 0.5, "dark": 0.5}, "b": {"bright": 0.7, "dark": NAN}}
+    new = {case: {name: value + better for name, value in scores.items()} for case, scores in old.items()}
+    monkeypatch.setattr(gate, "case_dice", lambda *args: old)
+    verdict = judge(Measured(new), HELD_OUT, LABELS, AppConfig(), published())
+    assert verdict.published is may
+    assert verdict.current == "v0001"
+    assert f"held-out Dice {0.6 + better:.3f}, v0001 has 0.600 on the same 2 cases" in verdict.reason
+    assert f"difference {better:+.3f}, 95 % interval {better:+.3f} to {better:+.3f}" in verdict.reason
+    assert verdict.figures["held_out"]["difference"]["mean"] == pytest.approx(better)
+
+
+def test_one_case_is_said_to_give_no_interval(published, monkeypatch):
+    monkeypatch.setattr(gate, "case_dice", lambda *args: {"a": {"bright": 0.5, "dark": 0.5}})
+    new = Measured({"a": {"bright": 0.4, "dark": 0.4}})
+    assert (
+        "difference -0.100; one case gives no interval"
+        in judge(new, HELD_OUT[:1], LABELS, AppConfig(), published()).reason
+    )
+
+
+def crossed(dice: float, cases: int = 2) -> CrossValidation:
+    return CrossValidation(cases, {str(n): {"bright": dice} for n in range(max(2, cases))}, 18.0)
+
+
+def kept(figure: CrossValidation) -> dict:
+    return {"cross_validation": {**dataclasses.asdict(figure), "dice": figure.dice, "method": figure.method}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "may"),
+    [
+        (crossed(0.50, 2), crossed(0.40, 3), True),  # a third case may be harder
+        (crossed(0.50, 2), crossed(0.27, 3), False),
+        (crossed(0.06, 2), crossed(0.02, 3), True),  # nothing can be said of so little
+        (crossed(0.60, 1), crossed(0.30, 2), True),  # another patient is harder than the other half of the same one
+        (crossed(0.60, 1), crossed(0.03, 2), False),
+        (crossed(0.50, 2), None, True),
+    ],
+)
+def test_without_held_out_cases_labels_that_teach_clearly_less_are_refused(published, before, after, may):
+    verdict = judge(Measured({}, after), [], LABELS, AppConfig(), published(**kept(before)))
+    assert verdict.published is may
+    if after is not None:
+        assert f"{after.dice:.3f}, cross-validated over" in verdict.reason
+        assert f"v0001 has {before.dice:.3f}" in verdict.reason
+    if not may:
+        assert "look for a wrong label" in verdict.reason
+
+
+def test_a_published_model_without_a_figure_gives_way_and_this_is_said(published):
+    verdict = judge(Measured({}, crossed(0.4)), [], LABELS, AppConfig(), published())
+    assert verdict.published
+    assert "v0001 has no cross-validated figure" in verdict.reason
+
+
+# ---- folds
+
+
+def prepared_cases(studies, tmp_path, count):
+    cases = find_cases(studies)[:count]
+    return cases, prepare(cases, LABELS, Window("percentile", 0.5, 99.5), 1, 64, tmp_path / "slices")
+
+
+@pytest.mark.parametrize(("count", "folds"), [(1, 2), (2, 2), (3, 3), (5, 3)])
+def test_no_slice_is_learned_from_and_measured_on_in_one_fold(studies, tmp_path, count, folds):
+    cases, prepared = prepared_cases(studies, tmp_path, count)
+    made = make_folds(prepared, cases)
+    assert len(made) == folds
+    measured = []
+    for fold in made:
+        learned = {(case.id, index) for case in fold.learning for index in case.learned_from}
+        drawn = {(case.id, index) for case in fold.learning for indices in case.slices_of.values() for index in indices}
+        checked = {(case.id, index) for case in fold.checking for index in case.learned_from}
+        assert learned
+        assert drawn <= learned
+        assert not learned & checked
+        measured += checked
+    assert sorted(measured) == [(case.id, index) for case in prepared for index in range(len(case))]
+
+
+def test_a_patient_is_left_out_with_all_cases(studies, tmp_path):
+    cases, prepared = prepared_cases(studies, tmp_path, 4)
+    cases = [dataclasses.replace(case, patient=f"p{n // 2}") for n, case in enumerate(cases)]
+    assert [fold.name for fold in make_folds(prepared, cases)] == ["case_0, case_1", "case_2, case_3"]
+
+
+# ---- through a training
+
+
+def test_three_labels_with_a_wrong_one_are_refused(studies, monkeypatch):
+    """Two good labels are cross-validated; a third one, shuffled, makes what they teach clearly worse."""
+    monkeypatch.setattr(crossval, "SHARE", 3.0)  # so few steps teach something
+    cases, project = find_cases(studies), Project(studies)
+    first = train(cases[:2], LABELS, settings_for(40), project)
+    assert "cross-validated over 2 cases, with a tenth of the time each: a lower bound" in "\n".join(first.remarks)
+    manifest = read_info(first.model).training
+    assert manifest["cross_validation"]["dice"] == pytest.approx(first.cross_validation.dice)
+    assert set(manifest["label_sha256"]) == {"case_0", "case_1"}
+    poison(cases[2])
+    second = train(cases[:3], LABELS, settings_for(40), project)
+    print(first.remarks, second.reason)
+    assert not second.published
+    assert "look for a wrong label" in second.reason
+    assert project.published() == first.model
+    assert project.status()["refused"] == second.reason
+    assert [version.verdict for version in Versions(project).all()] == ["published", "refused"]
+
+
+def test_shuffled_labels_are_refused_on_the_held_out_case(studies):
+    """From an untrained start: one that goes on from the published model would keep its best round."""
+    cases, project = find_cases(studies), Project(studies)
+    first = train(cases, LABELS, settings_for(60), project)
+    for case in (case for case in cases if case.id != "case_3"):
+        poison(case)
+    second = train(cases, LABELS, settings_for(60, recipe="lora"), project)
+    print(second.reason)
+    assert not second.published
+    assert "not published, it is worse: held-out Dice" in second.reason
+    assert project.published() == first.model
+
+
+def test_held_out_cases_are_never_learned_from_even_if_nothing_else_is_labelled(studies):
+    cases, project = find_cases(studies), Project(studies)
+    project.root.mkdir(parents=True)
+    project.ledger.write_text('{"case case_3": "held-out"}')
+    with pytest.raises(StateError, match="held out"):
+        train([case for case in cases if case.id == "case_3"], LABELS, settings_for(2), project)
