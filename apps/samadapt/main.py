@@ -66,6 +66,7 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source = LabelSource(self.settings.labels, folder, self.project)
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
+        datastore.assumed = self.settings.coverage
         self.strategy = "random"  # the host's default, until somebody asks for another
         self.ahead = AheadOfNeed(self.models, self.upcoming, datastore.image_path, self.is_training)
         return datastore
@@ -146,5 +147,7 @@ class SamAdaptApp(MONAILabelApp):
         if isinstance(self.datastore(), SafeDicomDatastore):
             self.datastore().forget_lists()
         self.label_source.learn_from(self.datastore())
-        warnings = label_warnings(*self.datastore().last_saved, self.label_source.current())
+        saved = self.datastore().last_saved
+        labels = self.label_source.current()
+        warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         return {"warnings": warnings, "labels": self.label_source.indices()}

@@ -416,10 +416,19 @@ def evaluate(
         bool, typer.Option("--all", help="Also the cases (and patients) that the model learned from.")
     ] = False,
     weights: Weights = None,
+    conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from."""
+    """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from.
+
+    Of the settings only unlabelled_slices and absent_classes can be given.
+    """
+    from samadapt.config import parse_values
+    from samadapt.data.cases import assume
+
+    config = AppConfig(**parse_values(_settings(conf), ("unlabelled_slices", "absent_classes")))
     cases, _ = _open(studies)
+    cases = assume(cases, config.coverage)
     file = _model_file(model, [studies])
     loaded = _load(file, weights)
     chosen = _to_evaluate(cases, loaded, every=every)
@@ -452,8 +461,8 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
     found = segment(model, volume)
     return {
         "case": case.id,
-        "dice": dice(found, truth, labels),
-        "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing),
+        "dice": dice(found, truth, labels, report.unknown),
+        "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing, report.unknown),
         "label": str(report),
     }
 
@@ -639,7 +648,7 @@ def _label_map(studies: Path, cases: Sequence[Case], project: Project, configure
     Raises:
         ConfigError: nobody has named the label values.
     """
-    from samadapt.data.labels import LabelMap
+    from samadapt.data.labels import LabelMap, class_names
     from samadapt.model import read_info
 
     if configured:
@@ -647,7 +656,7 @@ def _label_map(studies: Path, cases: Sequence[Case], project: Project, configure
     for path in (studies / "labels.json", project.root / "labels.json"):
         if path.is_file():
             return LabelMap.from_json(path)
-    submitted = dict.fromkeys(name for case in cases for _, name in sorted((case.values or {}).items()))
+    submitted = class_names(name for case in cases for _, name in sorted((case.values or {}).items()))
     if submitted:
         return LabelMap(tuple(submitted))
     published = project.published()

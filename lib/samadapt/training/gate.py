@@ -49,8 +49,8 @@ def mean_dice(
     """Mean Dice of each class on the native grid, without prompts; empty without cases."""
     scores = []
     for case in cases:
-        volume, truth, _ = read_case(case, labels)
-        scores.append(dice(segment(model, volume, cache=cache), truth, labels))
+        volume, truth, report = read_case(case, labels)
+        scores.append(dice(segment(model, volume, cache=cache), truth, labels, report.unknown))
     return mean_by_class(scores)
 
 

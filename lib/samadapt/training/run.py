@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from samadapt import backbones, recipes
 from samadapt.config import AppConfig
-from samadapt.data.cases import Case
+from samadapt.data.cases import Case, assume
 from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
@@ -30,7 +30,7 @@ from samadapt.training import preview
 from samadapt.training.gate import ClickScores, compare_clicks, judge, mean_dice
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
-from samadapt.training.slices import PreparedCase, few_slices, prepare, read_case
+from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
 from samadapt.training.synthetic import RANGES, SyntheticSlices
 
 CPU_IMAGE_SIZE = 128
@@ -109,7 +109,8 @@ def train(
     with _alone(project):
         log = _Status(project, progress)
         try:
-            return _Training([case for case in cases if case.label], labels, config, project, log).run()
+            labelled = assume((case for case in cases if case.label), config.coverage)
+            return _Training(labelled, labels, config, project, log).run()
         except SamAdaptError as error:
             log.end("failed", str(error))
             raise
@@ -155,6 +156,7 @@ class _Training:
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
         remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
+        remarks += partly_labelled(prepared)
         if synthetic and synthetic.remark:
             remarks.append(synthetic.remark)
         for remark in remarks:
