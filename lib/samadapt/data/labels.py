@@ -39,8 +39,10 @@ def same_name(name: str) -> str:
 
 def class_names(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that are classes: each once, in order, without background and ``IGNORED_NAMES``."""
-    found = {same_name(name): name for name in reversed(list(names))}
-    return [name for key, name in reversed(found.items()) if key != BACKGROUND and key not in IGNORED_NAMES]
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(same_name(name), name)
+    return [name for key, name in found.items() if key != BACKGROUND and key not in IGNORED_NAMES]
 
 
 @dataclass(frozen=True)
