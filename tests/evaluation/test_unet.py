@@ -1,8 +1,12 @@
+import dataclasses
+
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from samadapt.data.cases import find_cases
+from samadapt.data.coverage import Coverage
 from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume

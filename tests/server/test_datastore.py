@@ -219,6 +219,7 @@ def test_a_broken_list_is_named_and_not_overwritten(studies):
 
 # Labels of some slices or classes
 
+
 def test_what_a_label_covers_survives_a_restart_and_reaches_the_training(studies, tmp_path):
     said = {"labelled_slices": [1, "3"], "labelled_classes": ["structure 1"]}
     SafeDatastore(str(studies)).save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", {**info_of(1), **said})
