@@ -169,3 +169,36 @@ def test_labels_with_names_of_their_own(studies):
     record = {"objects": {"case_9": {"image": {"ext": ".nii.gz"}, "labels": {"final": entry}}}}
     (studies / "datastore_v2.json").write_text(json.dumps(record))
     assert look(studies) == {}
+
+
+def say(studies, case, **said):
+    record = {"objects": {case: {"image": {"ext": ".nii.gz"}, "labels": {"final": {"ext": ".nii.gz", "info": said}}}}}
+    (studies / "datastore_v2.json").write_text(json.dumps(record))
+
+
+def test_what_is_labelled_in_part_is_told_and_is_nothing_wrong(studies):
+    names = [{"name": "dark", "idx": 2}]
+    say(studies, "case_1", labelled_slices=[0, 2], labelled_classes="named", label_info=names)
+    mask = np.asarray(nib.load(studies / "labels/final/case_1.nii.gz").dataobj).copy()
+    mask[mask == 1] = 0
+    save_label(studies, "case_1", mask)
+    assert look(studies) == {}
+    found = {check.name: check for check in doctor._studies(studies, AppConfig(), lambda text: None)}
+    assert found["case_1"].status == "ok"
+    assert found["case_1"].what == "2 of 6 slices are labelled; background may also be bright"
+    assert "case_0" not in found
+    config = AppConfig(unlabelled_slices="ignore")
+    found = {check.name: check for check in doctor._studies(studies, config, lambda text: None)}
+    assert found["case_0"].what == "4 of 6 slices are labelled"
+
+
+def test_labelled_slices_that_the_image_does_not_have(studies):
+    say(studies, "case_1", labelled_slices=[6])
+    assert look(studies)["case_1"].status == "problem"
+    assert "no slice 6" in look(studies)["case_1"].what
+
+
+def test_a_label_that_names_only_what_is_to_be_ignored(studies):
+    (studies / "labels.json").unlink()
+    say(studies, "case_1", label_info=[{"name": "ignore", "idx": 1}])
+    assert "names no structure" in look(studies)["case_1"].what

@@ -68,6 +68,7 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source = LabelSource(self.settings.labels, folder, self.project)
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
+        datastore.assumed = self.settings.coverage
         self.outlook = Outlook(self.settings, self.project, self.models, self.datastore)
         self.ahead = AheadOfNeed(
             self.models,
@@ -164,5 +165,7 @@ class SamAdaptApp(MONAILabelApp):
         self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
         self.label_source.learn_from(self.datastore())
-        warnings = label_warnings(*self.datastore().last_saved, self.label_source.current())
+        saved = self.datastore().last_saved
+        labels = self.label_source.current()
+        warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         return {"warnings": warnings, "labels": self.label_source.indices()}

@@ -424,12 +424,21 @@ def evaluate(
         Path | None, typer.Option(help="PNG to write: the Dice that the model expects against the true one.")
     ] = None,
     weights: Weights = None,
+    conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from."""
+    """Dice and HD95 (mm) per case and structure, on labelled cases that the model did not learn from.
+
+    Of the settings only unlabelled_slices and absent_classes can be given.
+    """
+    from samadapt.config import parse_values
+    from samadapt.data.cases import assume
+
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError("the picture is a PNG", where="--plot", remedy="Give a name that ends in .png.")
+    config = AppConfig(**parse_values(_settings(conf), ("unlabelled_slices", "absent_classes")))
     cases, _ = _open(studies)
+    cases = assume(cases, config.coverage)
     file = _model_file(model, [studies])
     loaded = _load(file, weights)
     chosen = _to_evaluate(cases, loaded, every=every)
@@ -490,9 +499,9 @@ def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:
     worth = quality(labels.names, examination, model.info.training.get("calibration", {}))
     return {
         "case": case.id,
-        "dice": dice(found, truth, labels),
+        "dice": dice(found, truth, labels, report.unknown),
         "estimated_dice": {name: worth.dice.get(name, math.nan) for name in labels.names},
-        "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing),
+        "hd95_mm": hd95(found, truth, labels, volume.geometry.spacing, report.unknown),
         "label": str(report),
     }
 
@@ -678,7 +687,7 @@ def _label_map(studies: Path, cases: Sequence[Case], project: Project, configure
     Raises:
         ConfigError: nobody has named the label values.
     """
-    from samadapt.data.labels import LabelMap
+    from samadapt.data.labels import LabelMap, class_names
     from samadapt.model import read_info
 
     if configured:
@@ -686,7 +695,7 @@ def _label_map(studies: Path, cases: Sequence[Case], project: Project, configure
     for path in (studies / "labels.json", project.root / "labels.json"):
         if path.is_file():
             return LabelMap.from_json(path)
-    submitted = dict.fromkeys(name for case in cases for _, name in sorted((case.values or {}).items()))
+    submitted = class_names(name for case in cases for _, name in sorted((case.values or {}).items()))
     if submitted:
         return LabelMap(tuple(submitted))
     published = project.published()

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from samadapt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from samadapt.data.coverage import Coverage
     from samadapt.data.labels import LabelMap
 
 BACKBONES = ("lite_medsam", "mobile_sam", "sam_vit_b", "sam_vit_l", "sam_vit_h")
 SYNTHESES = ("none", "exemplar", "lesions")
 FORMS = ("own", "reference")
 PLANES = ("acquisition", "all")
+MISSING = ("background", "ignore")
 
 SHORTEST_MINUTES, LONGEST_MINUTES = 3, 8
 """Limits of an automatic training time. Two hippocampus volumes: Dice 0.75 after 3 minutes on two cores, 0.77 after
@@ -191,6 +193,22 @@ class AppConfig:
             _unless("all", _number(1, 10**4)),
         ),
     )
+    unlabelled_slices: str = field(
+        default="background",
+        metadata=_about(
+            "slices in which nothing is drawn, of labels that do not say which slices are labelled: 'background', or "
+            "'ignore' (not labelled: neither learned from nor measured on)",
+            _one_of(lambda: MISSING),
+        ),
+    )
+    absent_classes: str = field(
+        default="background",
+        metadata=_about(
+            "structures that a label does not name, where it does not say which ones were looked for: 'background', or "
+            "'ignore' (they may be anywhere in its background)",
+            _one_of(lambda: MISSING),
+        ),
+    )
     max_train_minutes: float | None = field(
         default=None,
         metadata=_about(
@@ -237,6 +255,16 @@ class AppConfig:
             "train after every so many new labels; 'never' by default", _unless("never", _number(1, 10**6))
         ),
     )
+
+    @property
+    def coverage(self) -> Coverage:
+        """What a label covers that does not say so itself."""
+        from samadapt.data.coverage import ALL, NAMED, NONEMPTY, Coverage  # numpy, see _label_map
+
+        return Coverage(
+            NONEMPTY if self.unlabelled_slices == "ignore" else ALL,
+            NAMED if self.absent_classes == "ignore" else ALL,
+        )
 
     def train_seconds(self, labelled: int) -> float:
         """Time of a training on so many labelled cases. The first ones have said what they can after few passes, and

@@ -171,9 +171,9 @@ def _disk(folder: Path) -> Check:
 
 def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> Iterator[Check]:
     try:
-        from samadapt.data.cases import find_cases
+        from samadapt.data.cases import assume, find_cases
 
-        cases = find_cases(studies)
+        cases = assume(find_cases(studies), config.coverage)
     except SamAdaptError as error:
         yield Check("studies", "problem", f"{error.where or studies}: {error.what}", error.remedy or "")
         return
@@ -293,7 +293,7 @@ def _cases(studies: Path, cases: Sequence[Case], config: AppConfig, say: Callabl
             break
         say(f"case {number + 1} of {len(cases)}")
         for check in _case(case, labels):
-            wrong += 1
+            wrong += check.status != "ok"
             yield check
     if not wrong:
         yield Check("cases", "ok", "every image and label that was read can be used")
@@ -316,15 +316,27 @@ def _case(case: Case, labels: LabelMap | None) -> Iterator[Check]:
         remedy = "Put a labels.json beside the images, or submit the label with label_info."
         yield Check(case.id, "warning", "the label's values have no names", remedy)
     else:
-        yield from _names(case, label, labels)
+        yield from _names(case, label, geometry.acquisition_axis, labels)
 
 
-def _names(case: Case, label: np.ndarray, labels: LabelMap | None) -> Iterator[Check]:
-    """Values or names that the label map does not have; without a label map, values that have no name."""
-    from samadapt.data.labels import LabelMap, remap
+def _names(case: Case, label: np.ndarray, axis: int, labels: LabelMap | None) -> Iterator[Check]:
+    """Values or names that the label map does not have; without a label map, values that have no name. And what of the
+    image the label does not speak of."""
+    from samadapt.data.coverage import remap_covered
+    from samadapt.data.labels import LabelMap, class_names
 
-    known = labels or LabelMap(tuple(dict.fromkeys((case.values or {}).values())))
-    _, report = remap(label, case.values, known)
+    named = class_names((case.values or {}).values())
+    if not (labels or named):
+        yield Check(case.id, "warning", "the label names no structure", "Submit it with a segment of some structure.")
+        return
+    known = labels or LabelMap(tuple(named))
+    try:
+        _, report = remap_covered(label, case.values, known, case.coverage, axis)
+    except SamAdaptError as error:
+        yield Check(case.id, "problem", f"{error.where}: {error.what}", error.remedy or "Submit that label again.")
+        return
+    if report.partly:
+        yield Check(case.id, "ok", report.partly)
     if report.extra or report.unknown_values:
         remedy = f"They train as background. The label map: {', '.join(known.names)}."
         yield Check(case.id, "warning", str(report), remedy)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from make_dicom import write_rtstruct, write_stack
-from samadapt.data.cases import Case, find_cases
+from samadapt.data.cases import Case, assume, find_cases
+from samadapt.data.coverage import Coverage
 from samadapt.errors import InputError
 
 INFO = [{"name": "spleen", "idx": 2}, {"name": "liver", "idx": 1}]
@@ -263,3 +264,25 @@ def test_real_files_are_read_later_not_now(tmp_path):
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "b.png")
     shutil.copy(tmp_path / "b.png", tmp_path / "c.nii.gz")
     assert list(by_id(tmp_path)) == ["a", "b", "c"]
+
+
+# What a label covers
+
+
+def test_what_a_label_covers_comes_from_the_datastore(tmp_path):
+    touch(*(tmp_path / f"{name}.nii.gz" for name in "ab"))
+    touch(*(tmp_path / f"labels/final/{name}.nii.gz" for name in "ab"))
+    said = {"label_info": INFO, "labelled_slices": [4, 2], "labelled_classes": "named"}
+    write_datastore(tmp_path, {"a": record(final={"ext": ".nii.gz", "info": said})})
+    cases = by_id(tmp_path)
+    assert cases["a"].coverage == Coverage((2, 4), "named")
+    assert cases["b"].coverage == Coverage()
+    assumed = assume(cases.values(), Coverage("nonempty", "all"))
+    assert [case.coverage for case in assumed] == [Coverage((2, 4), "named"), Coverage("nonempty", "all")]
+
+
+def test_a_malformed_statement_says_which_case(tmp_path):
+    touch(tmp_path / "a.nii.gz", tmp_path / "labels/final/a.nii.gz")
+    write_datastore(tmp_path, {"a": record(final={"ext": ".nii.gz", "info": {"labelled_slices": "few"}})})
+    with pytest.raises(InputError, match=r"datastore_v2\.json: label of 'a'.*Submit that label again"):
+        find_cases(tmp_path)

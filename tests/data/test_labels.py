@@ -11,11 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from samadapt.data.labels import LabelMap, remap, resize_label, same_name, values_from_label_info
+from samadapt.data.labels import (
+    IGNORE,
+    IGNORED_NAMES,
+    LabelMap,
+    class_names,
+    remap,
+    resize_label,
+    same_name,
+    values_from_label_info,
+)
 from samadapt.errors import ConfigError, InputError
 
 names = st.text(string.ascii_letters + "äé 0-9_", min_size=1, max_size=12).filter(
-    lambda name: name.strip() and same_name(name) != "background"
+    lambda name: name.strip() and same_name(name) not in ("background", *IGNORED_NAMES)
 )
 name_lists = st.lists(names, min_size=1, max_size=40, unique_by=same_name)
 HEART = LabelMap(("right ventricle", "myocardium", "left ventricle"))
@@ -70,6 +79,8 @@ def test_thirty_and_more_classes():
         ["spleen", " spleen "],
         ["background", "spleen"],
         {"Background": 1},
+        ["spleen", "Ignore"],
+        ["un labelled", "UNLABELLED "],
         {"spleen": 0},
         {"spleen": 2},
         {"spleen": 1, "liver": 1},
@@ -273,6 +284,52 @@ def test_two_values_of_one_class_are_joined():
     mask, report = remap(MASK, {1: "myocardium", 2: "myocardium"}, HEART)
     np.testing.assert_array_equal(mask, [[0, 2, 2], [0, 0, 2]])
     assert report.mapped == {"myocardium": 3}
+
+
+# What nobody has labelled
+
+
+@given(arrays(np.uint8, (4, 5), elements=st.integers(0, 9)), st.sampled_from(["ignore", "UNLABELLED", " Unlabeled"]))
+@settings(max_examples=50, deadline=None)
+def test_a_segment_to_be_ignored_changes_nothing_else(mask, word):
+    """However it is written; its voxels are no class, not dropped, and nothing but ignored."""
+    named = {1: "myocardium", 2: "left ventricle", 3: "aorta"}
+    plain, before = remap(np.where(mask == 7, 0, mask), named, HEART)
+    result, report = remap(mask, {**named, 7: word}, HEART)
+    np.testing.assert_array_equal(result, np.where(mask == 7, IGNORE, plain))
+    assert report.ignored == (mask == 7).sum()
+    assert (report.mapped, report.extra, report.unknown_values, report.absent) == (
+        before.mapped,
+        before.extra,
+        before.unknown_values,
+        before.absent,
+    )
+    assert 7 not in report.unknown_values
+
+
+def test_without_names_255_is_what_nobody_has_labelled():
+    mask, report = remap(np.array([0, 1, 255, 9]), None, HEART)
+    np.testing.assert_array_equal(mask, [0, 1, IGNORE, 0])
+    assert report.unknown_values == {9: 1}
+    assert "1 voxels are left out" in str(report)
+    mask, report = remap(np.array([0, 1, 255]), {1: "myocardium"}, HEART)
+    np.testing.assert_array_equal(mask, [0, 2, 0])
+    assert report.unknown_values == {255: 1}
+
+
+def test_what_is_left_out_counts_as_nothing_else():
+    left_out = np.array([[False, True, False], [False, True, False]])
+    mask, report = remap(MASK, {1: "myocardium", 2: "left ventricle", 3: "aorta"}, HEART, left_out=left_out)
+    np.testing.assert_array_equal(mask, [[0, IGNORE, 3], [0, IGNORE, 2]])
+    assert report.mapped == {"myocardium": 1, "left ventricle": 1}
+    assert report.extra == {"aorta": 1}
+    assert report.unknown_values == {}
+    assert report.ignored == 2
+
+
+def test_names_of_classes():
+    assert class_names(["b", "Background", "ignore", "a", " B "]) == ["b", "a"]
+    assert class_names(["unlabelled"]) == []
 
 
 def test_rename_to_a_class_that_is_not_there():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from samadapt.data.prompts import LOOSE_SCALE, TIGHT_JITTER, mask_boxes, sample_prompts
+from samadapt.data.prompts import LOOSE_SCALE, NEGATIVE, TIGHT_JITTER, mask_boxes, sample_prompts
 from samadapt.errors import InputError
 
 SIZE = 24
@@ -103,3 +103,22 @@ def test_mask_boxes_include_the_last_pixel():
 def test_refuses_an_empty_mask():
     with pytest.raises(InputError, match="without a pixel"):
         sample_prompts(torch.zeros(1, 8, 8, dtype=torch.bool))
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_clicks_outside_the_object_are_where_somebody_has_labelled(seed):
+    masks = torch.zeros(2, 24, 24, dtype=torch.bool)
+    masks[:, 8:14, 8:14] = True
+    labelled = torch.zeros_like(masks)
+    labelled[0, :12], labelled[1] = True, masks[1]
+    random = torch.Generator().manual_seed(seed)
+    prompts = sample_prompts(masks, random, labelled=labelled, negative_clicks=3, box_only=0.0)
+    outside = prompts.point_labels == NEGATIVE
+    assert not outside[1].any()
+    assert all(y < 12 for _, y in prompts.points[0][outside[0]].tolist())
+    free = [
+        sample_prompts(masks, torch.Generator().manual_seed(seed), labelled=part) for part in (None, ~masks | masks)
+    ]
+    assert torch.equal(free[0].points, free[1].points)
+    assert torch.equal(free[0].point_labels, free[1].point_labels)

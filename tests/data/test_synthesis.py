@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from samadapt.data.labels import IGNORE
 from samadapt.data.synthesis import SMALLEST, LabelledSlice, Synthesis, choose_exemplars, random_exemplars, synthesize
 
 SIZE = 48
@@ -294,3 +295,21 @@ def test_random_exemplars_follow_the_seed(given_slices, seed):
     assert chosen == random_exemplars(given_slices, seed, count=5)
     assert len(set(chosen)) == len(chosen) == min(5, len(given_slices))
     assert set(chosen) <= set(range(len(given_slices)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_what_nobody_has_labelled_is_neither_cut_nor_lost(seed):
+    """An ignored part of the exemplar is pasted nowhere; one of the background stays, unless a structure covers it."""
+    label = label_of([(1, 10, 10, 20, 20)])
+    ignored = label.clone()
+    ignored[30:50, 5:30] = IGNORE
+    below = empty()[0], torch.zeros_like(label)
+    plain, partly = (make((ramps(), one), below, seed=seed) for one in (label, ignored))
+    assert torch.equal(plain[0], partly[0])
+    assert torch.equal(plain[1], partly[1])
+    onto = below[1].clone()
+    onto[40:] = IGNORE
+    image, found = make((ramps(), label), (below[0], onto), seed=seed)
+    assert torch.equal(image, plain[0])
+    assert torch.equal(found, torch.where(plain[1] > 0, plain[1], onto))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from samadapt.data.labels import IGNORE
 from samadapt.data.volume import Geometry, Volume
 from samadapt.data.window import (
     GREY_LEVELS,
@@ -212,3 +213,14 @@ def test_kept_with_the_model(window):
 def test_what_is_no_window(value):
     with pytest.raises(ConfigError):
         Window.from_dict(value)
+
+
+def test_what_nobody_has_labelled_is_not_looked_at():
+    image, mask = ct(60)
+    image.array[0, 15:] = 1500
+    bone = {value: mask.copy() for value in (0, 2, IGNORE)}
+    for value, one in bone.items():
+        one[15:] = value
+    windows = {value: choose_window([image], [one]) for value, one in bone.items()}
+    assert windows[IGNORE] == windows[0]
+    assert windows[2].high > windows[0].high

@@ -2,8 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from samadapt.data.labels import LabelMap
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.evaluation.metrics import dice, hd95, mean, mean_by_class
 
 ONE = LabelMap(("organ",))
@@ -68,3 +71,53 @@ def test_means_leave_out_what_is_undefined():
     by_class = mean_by_class([{"a": 0.2, "b": math.nan}, {"a": 0.4, "b": math.nan}])
     assert by_class == pytest.approx({"a": 0.3, "b": math.nan}, nan_ok=True)
     assert mean_by_class([]) == {}
+
+
+# What nobody has labelled
+
+small_masks = arrays(np.uint8, (4, 5, 6), elements=st.integers(0, 2))
+TWO = LabelMap(("a", "b"))
+
+
+@given(small_masks, small_masks, small_masks, arrays(bool, (4, 5, 6)))
+@settings(max_examples=50, deadline=None)
+def test_what_a_model_says_where_nobody_has_labelled_does_not_matter(predicted, other, truth, ignored):
+    cut = np.where(ignored, IGNORE, truth)
+    changed = np.where(ignored, other, predicted)
+    here = [dice(found, cut, TWO) for found in (predicted, changed)]
+    there = [hd95(found, cut, TWO, (1, 2, 3)) for found in (predicted, changed)]
+    assert here[0] == pytest.approx(here[1], nan_ok=True)
+    assert there[0] == pytest.approx(there[1], nan_ok=True)
+    counted = dice(np.where(ignored, 0, predicted), np.where(ignored, 0, truth), TWO)
+    assert here[0] == pytest.approx(counted, nan_ok=True)
+
+
+def test_a_class_that_nobody_has_looked_for_has_no_score():
+    truth = mask(CUBE)
+    predicted = truth.copy()
+    predicted[0, 0, 0] = 2
+    assert dice(predicted, truth, TWO)["b"] == 0.0
+    assert dice(predicted, truth, TWO, ["b"]) == pytest.approx({"a": 1.0, "b": math.nan}, nan_ok=True)
+    assert math.isnan(hd95(truth * 2, truth * 2, TWO, (1, 1, 1), ["b"])["b"])
+    assert hd95(truth * 2, truth * 2, TWO, (1, 1, 1))["b"] == 0.0
+
+
+@given(arrays(bool, (6, 7, 5)), arrays(bool, (6, 7, 5)))
+@settings(max_examples=50, deadline=None)
+def test_hd95_beside_a_far_ignored_voxel_is_that_without_it(predicted, truth):
+    """Of two definitions, MONAI's serves where everything is labelled; the other one must say the same."""
+    padded = [np.pad(one, ((0, 0), (0, 0), (0, 3))).astype(np.uint8) for one in (predicted, truth)]
+    beside = padded[1].copy()
+    beside[0, 0, -1] = IGNORE
+    whole, cut = hd95(*padded, ONE, (1.0, 2.0, 0.5)), hd95(padded[0], beside, ONE, (1.0, 2.0, 0.5))
+    assert cut == pytest.approx(whole, nan_ok=True, rel=1e-5)
+
+
+def test_hd95_of_single_labelled_slices_is_that_of_their_outlines():
+    """A disc with a radius 2 px larger on one labelled slice: its flat sides, next to unlabelled slices, are no
+    surface, or most of the distances would be 0."""
+    rows, columns = np.mgrid[:40, :40] - 20
+    found, truth = (np.repeat((np.hypot(rows, columns) <= radius)[..., None], 9, 2) for radius in (12, 10))
+    cut = np.where(np.arange(9) == 4, truth, IGNORE).astype(np.uint8)
+    assert hd95(found.astype(np.uint8), cut, ONE, (1, 1, 1))["organ"] == pytest.approx(2, abs=0.5)
+    assert math.isnan(hd95(found.astype(np.uint8), np.full_like(cut, IGNORE), ONE, (1, 1, 1))["organ"])

@@ -1,8 +1,12 @@
+import dataclasses
+
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from samadapt.data.cases import find_cases
+from samadapt.data.coverage import Coverage
 from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume
@@ -113,3 +117,28 @@ def test_a_volume_smaller_than_the_patch_comes_back_whole(phantoms, tmp_path, mo
     trained = unet.train_unet(training, LABELS, PER_CASE, 1.0, tmp_path / "slices")
     assert trained.plan.shape == (24, 24, 24)
     assert trained.segment(read_volume(training[0].image)).shape == (20, 22, 18)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "dimensions"), [((24, 24, 16), (1, 1, 1), 3), ((32, 32, 6), (1, 1, 5), 2)]
+)
+def test_what_is_drawn_where_nobody_has_labelled_has_no_effect(
+    phantoms, tmp_path, monkeypatch, shape, spacing, dimensions
+):
+    """Nor has a class that nobody has looked for, which another case shows."""
+    monkeypatch.setattr(unet, "FRAME_SIZE", 32)
+    one, two = phantoms(2, shape, spacing)
+    covers = Coverage(tuple(range(1, shape[2], 2)), ("bright",))
+    cases = [dataclasses.replace(one, coverage=covers), two]
+    found = []
+    for value in (0, 2):
+        image = nibabel.load(one.label)
+        mask = np.asarray(image.dataobj).copy()
+        mask[:, :, ::2] = value
+        mask[(mask == 2) & (value == 0)] = 0
+        nibabel.save(nibabel.Nifti1Image(mask, image.affine), one.label)
+        monkeypatch.setattr(unet, "time", Clock(steps=4))
+        trained = unet.train_unet(cases, LABELS, PER_CASE, 1.0, tmp_path / f"slices {value}")
+        assert trained.plan.dimensions == dimensions
+        found.append(trained.network.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

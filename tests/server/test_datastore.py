@@ -11,8 +11,12 @@ import nibabel
 import numpy as np
 import pytest
 
+from samadapt.data.cases import assume, find_cases
+from samadapt.data.coverage import Coverage
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.errors import InputError, StateError
 from samadapt.server.datastore import SafeDatastore, check_tag
+from samadapt.training.slices import read_case
 
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
 SHAPE = (6, 7, 8)
@@ -211,3 +215,67 @@ def test_a_broken_list_is_named_and_not_overwritten(studies):
     with pytest.raises(StateError, match=r"datastore_v2\.json"):
         SafeDatastore(str(studies))
     assert (studies / "datastore_v2.json").read_text() == "{"
+
+
+# Labels of some slices or classes
+
+
+def test_what_a_label_covers_survives_a_restart_and_reaches_the_training(studies, tmp_path):
+    said = {"labelled_slices": [1, "3"], "labelled_classes": ["structure 1"]}
+    SafeDatastore(str(studies)).save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", {**info_of(1), **said})
+    again = SafeDatastore(str(studies))
+    assert again.get_label_info("a", "final")["labelled_slices"] == [1, "3"]
+    case = next(case for case in find_cases(studies) if case.id == "a")
+    assert case.coverage == Coverage((1, 3), ("structure 1",))
+    _, mask, report = read_case(case, LabelMap(("structure 1", "structure 2")))
+    assert [int(value) for value in mask[0, 0]] == [IGNORE, 1, IGNORE, 1, IGNORE, IGNORE, IGNORE, IGNORE]
+    assert report.unknown == ("structure 2",)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"labelled_slices": [8]},
+        {"labelled_slices": [-1]},
+        {"labelled_slices": [0.5]},
+        {"labelled_slices": []},
+        {"labelled_slices": "1-3"},
+        {"labelled_classes": "structure 1"},
+        {"labelled_classes": [7]},
+    ],
+)
+def test_a_statement_that_cannot_be_true_is_refused_and_nothing_is_stored(studies, tmp_path, said):
+    datastore = SafeDatastore(str(studies))
+    with pytest.raises(InputError) as caught:
+        datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", {**info_of(1), **said})
+    assert caught.value.http_status in range(400, 500)
+    assert caught.value.where == next(iter(said))
+    assert stored(studies) is None
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", info_of(1))
+    if said.get("labelled_slices") != [8]:  # which only the image can tell
+        with pytest.raises(InputError):
+            datastore.update_label_info("a", "final", said)
+        assert find_cases(studies)[0].coverage == Coverage()
+
+
+def test_what_is_labelled_is_counted_as_the_training_will(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[..., 2], mask[..., 5] = 1, 4
+    path = save(tmp_path / "l.nii.gz", mask)
+    names = {"label_info": [{"name": "spleen", "idx": 1}, {"name": "unlabelled", "idx": 4}]}
+
+    def counted(**said):
+        datastore.save_label("a", path, "final", {**names, **said})
+        case = next(case for case in find_cases(studies) if case.id == "a")
+        case = assume([case], datastore.assumed)[0]
+        _, _, report = read_case(case, LabelMap(("spleen",)))
+        assert datastore.last_saved.slices == (report.slices or (8, 8))
+        return datastore.last_saved.slices
+
+    assert counted() == (7, 8)
+    assert counted(labelled_slices=[1, 2, 5]) == (2, 8)
+    assert counted(labelled_slices="nonempty") == (1, 8)
+    datastore.assumed = Coverage(slices="nonempty")
+    assert counted() == (1, 8)
+    assert counted(labelled_slices="all") == (7, 8)

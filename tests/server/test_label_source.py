@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from samadapt.data.coverage import NAMED, Coverage
 from samadapt.data.labels import LabelMap
 from samadapt.project import Project
 from samadapt.server.labels import LabelSource, label_warnings
@@ -89,3 +90,28 @@ def test_an_annotator_is_told_what_is_odd_about_a_label(info, present, labels, w
     warnings = label_warnings(submitted, present, labels)
     assert len(warnings) == bool(words)
     assert all(word in warnings[0] for word in words)
+
+
+def test_what_is_to_be_ignored_is_no_structure(source):
+    source.learn_from(Store({"a": (1, named("Ignore", "liver", "unlabelled"))}))
+    assert source.indices() == {"liver": 1}
+    source.learn_from(Store({"b": (2, named("unlabeled"))}))
+    assert source.indices() == {"liver": 1}
+
+
+@pytest.mark.parametrize(
+    ("info", "present", "coverage", "slices", "words"),
+    [
+        (named("front", "back", "ignore"), {1, 2, 3}, Coverage(), (8, 8), []),
+        (named("front", "back"), {1, 2}, Coverage((1, 2)), (2, 8), ["2 of 8 slices are labelled"]),
+        (named("front"), {1}, Coverage(classes=NAMED), (8, 8), ["does not speak of back"]),
+        (None, {2}, Coverage(classes=NAMED), (8, 8), ["no names", "does not speak of front"]),
+        (named("front", "back"), {1, 2}, Coverage(classes=("back",)), (8, 8), ["'front' is drawn", "speak of front"]),
+        (named("front", "back"), {1, 2}, Coverage(classes=("Back", "FRONT")), (8, 8), []),
+    ],
+)
+def test_an_annotator_is_told_what_counts_as_not_labelled(info, present, coverage, slices, words):
+    submitted = {} if info is None else {"label_info": info}
+    warnings = label_warnings(submitted, present, FRONT_BACK, coverage, slices)
+    assert len(warnings) == len(words)
+    assert all(word in warning for word, warning in zip(words, warnings, strict=True))

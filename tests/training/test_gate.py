@@ -82,7 +82,7 @@ HELD_OUT = [Case("a", None), Case("b", None)]
 def test_equal_may_and_worse_may_not_and_both_figures_are_told(published, monkeypatch, better, may):
     old = {"a": {"bright": 0.5, "dark": 0.5}, "b": {"bright": 0.7, "dark": NAN}}
     new = {case: {name: value + better for name, value in scores.items()} for case, scores in old.items()}
-    monkeypatch.setattr(gate, "case_dice", lambda *args: old)
+    monkeypatch.setattr(gate, "measure_cases", lambda *args: (old, {}))
     verdict = judge(Measured(new), HELD_OUT, LABELS, AppConfig(), published())
     assert verdict.published is may
     assert verdict.current == "v0001"
@@ -92,7 +92,7 @@ def test_equal_may_and_worse_may_not_and_both_figures_are_told(published, monkey
 
 
 def test_one_case_is_said_to_give_no_interval(published, monkeypatch):
-    monkeypatch.setattr(gate, "case_dice", lambda *args: {"a": {"bright": 0.5, "dark": 0.5}})
+    monkeypatch.setattr(gate, "measure_cases", lambda *args: ({"a": {"bright": 0.5, "dark": 0.5}}, {}))
     new = Measured({"a": {"bright": 0.4, "dark": 0.4}})
     assert (
         "difference -0.100; one case gives no interval"

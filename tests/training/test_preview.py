@@ -17,7 +17,7 @@ from samadapt.data.window import Window
 from samadapt.model import read_info
 from samadapt.project import Project
 from samadapt.training import preview, train
-from samadapt.training.gate import case_dice
+from samadapt.training.gate import measure_cases
 from samadapt.training.slices import prepare
 from tiny import BACKBONES, SIZE, write_studies
 
@@ -92,11 +92,11 @@ def test_one_that_finds_nothing_is_not_published(studies, config, monkeypatch):
     measured, serving = [], {}
 
     def nothing_at_first(model, *rest):
-        measured.append(case_dice(model, *rest))
-        first = {case: dict.fromkeys(scores, 0.0) for case, scores in measured[-1].items()}
-        return measured[-1] if len(measured) > 1 else first
+        measured.append(measure_cases(model, *rest))
+        first = {case: dict.fromkeys(scores, 0.0) for case, scores in measured[-1][0].items()}
+        return measured[-1] if len(measured) > 1 else (first, {})
 
-    monkeypatch.setattr("samadapt.training.run.case_dice", nothing_at_first)
+    monkeypatch.setattr("samadapt.training.run.measure_cases", nothing_at_first)
     project = Project(studies)
 
     def watch(record):

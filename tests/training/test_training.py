@@ -237,7 +237,7 @@ def test_a_worse_candidate_is_not_published(studies, monkeypatch):
     first = train(find_cases(studies), LABELS, settings_for(40), project)
     scores = iter([{"case_3": {"bright": 0.2, "dark": 0.2}}, {"case_3": {"bright": 0.5, "dark": 0.5}}])
     for module in ("run", "gate"):
-        monkeypatch.setattr(f"samadapt.training.{module}.case_dice", lambda *args: next(scores))
+        monkeypatch.setattr(f"samadapt.training.{module}.measure_cases", lambda *args: (next(scores), {}))
     second = train(find_cases(studies), LABELS, settings_for(2), project)
     assert not second.published
     assert "worse: held-out Dice 0.200, v0001 has 0.500 on the same 1 case" in second.reason

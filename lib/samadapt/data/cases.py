@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from samadapt.data.coverage import UNSAID, Coverage
 from samadapt.data.dicom import dicom_files, patient_id
 from samadapt.data.labels import values_from_label_info
 from samadapt.data.volume import LOSSY, SUFFIXES, image_suffix
@@ -18,6 +19,8 @@ from samadapt.errors import InputError
 DATASTORE_FILE = "datastore_v2.json"
 PATIENTS_FILE = "patients.json"
 FINAL = "final"
+
+Submitted = TypeVar("Submitted")
 
 PATIENT_PATTERNS = (
     re.compile(r"(patient[-_]?\d+)(?![a-z0-9])", re.IGNORECASE),
@@ -37,6 +40,7 @@ class Case:
         label: the label that counts as ground truth, None where the case is not labelled.
         values: label value -> name as submitted with the label, None where the label came without names.
         patient: whose image it is, None where that is unknown.
+        coverage: which slices and classes the label speaks of.
     """
 
     id: str
@@ -44,6 +48,12 @@ class Case:
     label: Path | None = None
     values: dict[int, str] | None = None
     patient: str | None = None
+    coverage: Coverage = UNSAID
+
+
+def assume(cases: Iterable[Case], coverage: Coverage) -> list[Case]:
+    """The cases, where labels that do not say what they cover cover this."""
+    return [replace(case, coverage=case.coverage.or_else(coverage)) for case in cases]
 
 
 def find_cases(studies: str | Path) -> list[Case]:
@@ -52,7 +62,7 @@ def find_cases(studies: str | Path) -> list[Case]:
     Two layouts are understood, of files or of DICOM folders (one series each):
 
     - MONAI Label's: images in the folder itself, labels in ``labels/final`` (only those count), names of label
-      values in ``datastore_v2.json``;
+      values, and what a label covers, in ``datastore_v2.json``;
     - plain: ``images/`` and ``labels/`` with the same names, or images in the folder itself and ``labels/``.
 
     Hidden files and folders are ignored. Where one id has several files, the one that the datastore names wins, else
@@ -62,8 +72,8 @@ def find_cases(studies: str | Path) -> list[Case]:
     from the id where it follows one of :data:`PATIENT_PATTERNS`.
 
     Raises:
-        InputError: no such folder, a broken datastore_v2.json or patients.json, names of label values that cannot
-            be understood.
+        InputError: no such folder, a broken datastore_v2.json or patients.json, names of label values, or labelled
+            slices or classes, that cannot be understood.
     """
     studies = Path(studies)
     if not studies.is_dir():
@@ -77,8 +87,9 @@ def find_cases(studies: str | Path) -> list[Case]:
             id=case_id,
             image=image,
             label=labels.get(case_id),
-            values=_values(studies, datastore, case_id) if case_id in labels else None,
+            values=_submitted(studies, datastore, case_id, _values) if case_id in labels else None,
             patient=patients.get(case_id) or _patient(case_id, image),
+            coverage=_submitted(studies, datastore, case_id, Coverage.from_info) if case_id in labels else UNSAID,
         )
         for case_id, image in sorted(images.items())
     ]
@@ -141,13 +152,18 @@ def _members(folder: Path) -> dict[str, Path]:
     return {case_id: path for case_id, (_, path) in members.items()}
 
 
-def _values(studies: Path, datastore: Mapping[str, Any], case_id: str) -> dict[int, str] | None:
-    info = _part(_final(datastore.get("objects", {}).get(case_id)), "info")
+def _values(info: Mapping[str, Any]) -> dict[int, str] | None:
     label_info = info.get("label_info") or _part(info, "params").get("label_info")
-    if not label_info:
-        return None
+    return values_from_label_info(label_info) if label_info else None
+
+
+def _submitted(
+    studies: Path, datastore: Mapping[str, Any], case_id: str, read: Callable[[Mapping[str, Any]], Submitted]
+) -> Submitted:
+    """What ``read`` makes of that with which a case's label was submitted."""
+    info = _part(_final(datastore.get("objects", {}).get(case_id)), "info")
     try:
-        return values_from_label_info(label_info)
+        return read(info)
     except InputError as error:
         raise InputError(
             f"label of '{case_id}': {error.what}", where=studies / DATASTORE_FILE, remedy="Submit that label again."

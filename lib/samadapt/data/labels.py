@@ -20,7 +20,14 @@ ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, "Tensor")
 
 BACKGROUND = "background"
 MAX_LABELS = 254
-"""Masks are uint8, and 255 means "leave unchanged" in OHIF."""
+"""Masks are uint8, and 255 is ``IGNORE``."""
+
+IGNORE = 255
+"""Voxels of a mask in the model's order that nobody has labelled: they are neither learned from nor measured on. (OHIF
+takes 255 for "leave unchanged".)"""
+
+IGNORED_NAMES = ("ignore", "unlabelled", "unlabeled")
+"""Segments of these names become ``IGNORE``; none of them is ever a class."""
 
 _FORMS = 'Give names in order: "spleen,liver", ["spleen", "liver"] or {"spleen": 1, "liver": 2}.'
 
@@ -28,6 +35,14 @@ _FORMS = 'Give names in order: "spleen,liver", ["spleen", "liver"] or {"spleen":
 def same_name(name: str) -> str:
     """The form in which names are compared: case and surplus white space do not count."""
     return " ".join(name.split()).casefold()
+
+
+def class_names(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are classes: each once, in order, without background and ``IGNORED_NAMES``."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(same_name(name), name)
+    return [name for key, name in found.items() if key != BACKGROUND and key not in IGNORED_NAMES]
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class LabelMap:
         names: ``names[n]`` has index ``n + 1``; 0 is background.
 
     Raises:
-        ConfigError: no name, an empty one, the same name twice, "background", or more than 254 names.
+        ConfigError: no name, an empty one, the same name twice, "background", one of ``IGNORED_NAMES``, or more than
+            254 names.
     """
 
     names: tuple[str, ...]
@@ -54,6 +70,8 @@ class LabelMap:
             raise _config(f"the same label name twice: {', '.join(twice)}", names)
         if BACKGROUND in counts:
             raise _config("background is not a label: it is always index 0", names)
+        if ignored := [name for name in names if same_name(name) in IGNORED_NAMES]:
+            raise _config(f"'{ignored[0]}' is not a label: it names what nobody has labelled", names)
         if len(names) > MAX_LABELS:
             raise _config(f"{len(names)} labels, where a mask holds at most {MAX_LABELS}", names)
         object.__setattr__(self, "names", names)
@@ -133,6 +151,9 @@ class RemapReport:
         empty: classes that the label names but has no voxel of.
         extra: names that the model does not know -> number of voxels, now background.
         unknown_values: voxel values without a name -> number of voxels, now background.
+        ignored: number of voxels that are now ``IGNORE``.
+        slices: how many slices show a voxel that is not ``IGNORE``, of how many; None where nothing is ignored.
+        unknown: model classes that nobody has looked for in this image: its background may be any of them.
     """
 
     mapped: dict[str, int] = field(default_factory=dict)
@@ -141,18 +162,33 @@ class RemapReport:
     empty: tuple[str, ...] = ()
     extra: dict[str, int] = field(default_factory=dict)
     unknown_values: dict[int, int] = field(default_factory=dict)
+    ignored: int = 0
+    slices: tuple[int, int] | None = None
+    unknown: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """Whether every class was there and nothing was dropped."""
-        return not (self.absent or self.extra or self.unknown_values)
+        """Whether every class was there, or is said to be unknown, and nothing was dropped."""
+        return not (set(self.absent) - set(self.unknown) or self.extra or self.unknown_values)
+
+    @property
+    def partly(self) -> str:
+        """What of the image is not labelled, for people; empty where everything is."""
+        parts = []
+        if self.slices and self.slices[0] < self.slices[1]:
+            parts.append(f"{self.slices[0]} of {self.slices[1]} slices are labelled")
+        elif self.ignored:
+            parts.append(f"{self.ignored} voxels are left out as not labelled")
+        if self.unknown:
+            parts.append(f"background may also be {' or '.join(self.unknown)}")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         parts = [", ".join(f"{name} {count} voxels" for name, count in self.mapped.items()) or "no labelled voxel"]
         if self.renamed:
             parts.append("renamed: " + ", ".join(f"'{old}' to '{new}'" for old, new in self.renamed.items()))
-        if self.absent:
-            parts.append("absent: " + ", ".join(self.absent))
+        if absent := [name for name in self.absent if name not in self.unknown]:
+            parts.append("absent: " + ", ".join(absent))
         if self.empty:
             parts.append("empty: " + ", ".join(self.empty))
         if self.extra:
@@ -161,6 +197,8 @@ class RemapReport:
         if self.unknown_values:
             dropped = ", ".join(f"{value} ({count} voxels)" for value, count in self.unknown_values.items())
             parts.append(f"values without a name, taken as background: {dropped}")
+        if self.partly:
+            parts.append(self.partly)
         return "; ".join(parts)
 
 
@@ -180,7 +218,7 @@ def values_from_label_info(label_info: Any) -> dict[int, str]:
     for entry in label_info:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
             raise _malformed(f"an entry without a name: {entry!r}")
-        name, value = " ".join(entry["name"].split()), _whole(entry.get("idx"))
+        name, value = " ".join(entry["name"].split()), whole_number(entry.get("idx"))
         if value == 0 and same_name(name) == BACKGROUND:
             continue
         if value is None or value < 1:
@@ -196,32 +234,40 @@ def remap(
     values: Mapping[int, str] | None,
     labels: LabelMap,
     renames: Mapping[str, str] | None = None,
+    left_out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, RemapReport]:
     """Bring a label into the model's order, by name.
 
     Args:
         mask: whole numbers >= 0, any shape.
-        values: value -> name. None: the model's own order is assumed.
+        values: value -> name. None: the model's own order is assumed, and 255 is ``IGNORE``.
         labels: the model's classes.
         renames: name in the file -> the model's name for it.
+        left_out: bool, of the mask's shape: voxels that become ``IGNORE`` whatever they are, and that the report does
+            not count as anything else.
 
     Returns:
-        uint8 mask of the same shape with the model's indices (0 = background), and what was done.
+        uint8 mask of the same shape with the model's indices (0 = background, ``IGNORE`` = not labelled), and what was
+        done.
 
     Raises:
         InputError: a rename to a name that the model does not have; negative or fractional values.
     """
     if mask.dtype.kind not in "bui" or (mask.size and mask.min() < 0):
         raise InputError("a label holds whole numbers from 0 up")
-    counts = _count(mask)
+    counts = _count(mask if left_out is None else mask[~left_out])
     counts.pop(0, None)
-    names = dict(enumerate(labels.names, start=1)) if values is None else dict(values)
+    names = {**dict(enumerate(labels.names, start=1)), IGNORE: IGNORED_NAMES[0]} if values is None else dict(values)
     targets, renamed, extra = _targets(names, labels, _renames(renames or {}, labels))
+    result = _lookup(mask, targets)
+    if left_out is not None:
+        result[left_out] = IGNORE
+    classes = {value: labels.names[index - 1] for value, index in targets.items() if 0 < index != IGNORE}
     mapped: Counter[str] = Counter()
-    for value, index in targets.items():
-        if index and counts.get(value):
-            mapped[labels.names[index - 1]] += counts[value]
-    spoken_of = {labels.names[index - 1] for index in targets.values() if index} if values is not None else set(mapped)
+    for value, name in classes.items():
+        if counts.get(value):
+            mapped[name] += counts[value]
+    spoken_of = set(classes.values()) if values is not None else set(mapped)
     report = RemapReport(
         mapped={name: mapped[name] for name in labels.names if name in mapped},
         renamed=renamed,
@@ -229,8 +275,9 @@ def remap(
         empty=tuple(name for name in labels.names if name in spoken_of and name not in mapped),
         extra=_sum_by_name(extra, counts),
         unknown_values={value: n for value, n in sorted(counts.items()) if value not in names},
+        ignored=int((result == IGNORE).sum()),
     )
-    return _lookup(mask, targets), report
+    return result, report
 
 
 def resize_label(mask: ArrayOrTensor, size: Sequence[int]) -> ArrayOrTensor:
@@ -253,25 +300,26 @@ def resize_label(mask: ArrayOrTensor, size: Sequence[int]) -> ArrayOrTensor:
 def _targets(
     names: Mapping[int, str], labels: LabelMap, renames: Mapping[str, str]
 ) -> tuple[dict[int, int], dict[str, str], dict[int, str]]:
-    """value -> model index (0 where the model has no such class); name -> other name; value -> unknown name."""
+    """value -> model index (0 where the model has no such class, ``IGNORE`` where that is meant); name -> other name;
+    value -> unknown name."""
     targets: dict[int, int] = {}
     renamed: dict[str, str] = {}
     extra: dict[int, str] = {}
     for value, name in names.items():
         target = renames.get(same_name(name), name)
-        index = labels.find(target)
+        index = IGNORE if same_name(target) in IGNORED_NAMES else labels.find(target)
         targets[int(value)] = index or 0
         if index is None:
             if same_name(target) != BACKGROUND:
                 extra[int(value)] = name
-        elif labels.names[index - 1] != name:
+        elif index != IGNORE and labels.names[index - 1] != name:
             renamed[name] = labels.names[index - 1]
     return targets, renamed, extra
 
 
 def _renames(renames: Mapping[str, str], labels: LabelMap) -> dict[str, str]:
     for old, new in renames.items():
-        if labels.find(new) is None and same_name(new) != BACKGROUND:
+        if labels.find(new) is None and same_name(new) not in (BACKGROUND, *IGNORED_NAMES):
             raise InputError(
                 f"'{old}' is to be renamed to '{new}', which is not a label of the model",
                 remedy=f"The model's labels are: {', '.join(labels.names)}.",
@@ -313,9 +361,9 @@ def _names_in_order(value: Mapping[Any, Any]) -> tuple[str, ...]:
     """Names sorted by index from name -> index or index -> name; indices must be 1 to K."""
     pairs: list[tuple[int | None, Any]] = []
     for key, other in value.items():
-        index = _whole(other)
+        index = whole_number(other)
         # {"1": "spleen"} and {"spleen": 1} are told apart by which side is a number.
-        pairs.append((index, key) if index is not None else (_whole(key), other))
+        pairs.append((index, key) if index is not None else (whole_number(key), other))
     if any(index is None or not isinstance(name, str) for index, name in pairs):
         raise _config("every label needs a name and a whole number", dict(value))
     pairs = [(index, name) for index, name in pairs if not (index == 0 and same_name(name) == BACKGROUND)]
@@ -332,13 +380,13 @@ def _json(text: str) -> Any:
         raise _config(f"not valid JSON ({error})", text) from error
 
 
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """A whole number that may come as 2, 2.0 or "2"; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return int(number) if number.is_integer() else None
 

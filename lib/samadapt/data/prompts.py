@@ -43,6 +43,7 @@ def sample_prompts(
     masks: Tensor,
     generator: torch.Generator | None = None,
     *,
+    labelled: Tensor | None = None,
     positive_clicks: int = 2,
     negative_clicks: int = 1,
     loose_boxes: float = 0.5,
@@ -53,6 +54,7 @@ def sample_prompts(
     Args:
         masks: (B, h, w) bool, at least one pixel set in each.
         generator: draws all randomness; the same state gives the same prompts on the same device.
+        labelled: (B, h, w) bool, where clicks outside the object may lie; everywhere by default.
         positive_clicks: at most so many clicks inside the object.
         negative_clicks: at most so many clicks outside it, within the box's surroundings.
         loose_boxes: share of boxes that are like the click ladder's; the others are tight with jitter.
@@ -71,7 +73,8 @@ def sample_prompts(
     chosen = (draw.uniform(len(masks), 1) < loose_boxes).float()
     boxes = _inside(chosen * loose + (1 - chosen) * _jittered(tight, draw), masks.shape)
     inside = draw.pixels(masks, positive_clicks)
-    outside, outside_labels = _negative_points(masks, boxes, negative_clicks, draw)
+    elsewhere = ~masks if labelled is None else ~masks & labelled
+    outside, outside_labels = _negative_points(elsewhere, boxes, negative_clicks, draw)
     labels = torch.cat([torch.full_like(inside[..., 0], POSITIVE), outside_labels], dim=1).long()
     labels = torch.where(_dropped(labels, positive_clicks, box_only, draw), PADDING, labels)
     return PromptBatch(points=torch.cat([inside, outside], dim=1), point_labels=labels, boxes=boxes)
@@ -125,14 +128,15 @@ def _inside(boxes: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([low, high], dim=1)
 
 
-def _negative_points(masks: Tensor, boxes: Tensor, count: int, draw: _Draw) -> tuple[Tensor, Tensor]:
-    """Background pixels within the box grown by half its size: (B, count, 2) and their labels, -1 where none exists."""
+def _negative_points(elsewhere: Tensor, boxes: Tensor, count: int, draw: _Draw) -> tuple[Tensor, Tensor]:
+    """Pixels of ``elsewhere`` within the box grown by half its size: (B, count, 2) and their labels, -1 where none
+    exists."""
     margin = (boxes[:, 2:] - boxes[:, :2]) / 2
-    x = torch.arange(masks.shape[2], device=masks.device)
-    y = torch.arange(masks.shape[1], device=masks.device)
+    x = torch.arange(elsewhere.shape[2], device=elsewhere.device)
+    y = torch.arange(elsewhere.shape[1], device=elsewhere.device)
     near_x = (x >= boxes[:, :1] - margin[:, :1]) & (x <= boxes[:, 2:3] + margin[:, :1])
     near_y = (y >= boxes[:, 1:2] - margin[:, 1:]) & (y <= boxes[:, 3:] + margin[:, 1:])
-    candidates = near_y[:, :, None] & near_x[:, None, :] & ~masks
+    candidates = near_y[:, :, None] & near_x[:, None, :] & elsewhere
     exists = candidates.flatten(1).any(dim=1, keepdim=True).expand(-1, count)
     points = draw.pixels(candidates, count)
     return points, torch.where(exists, NEGATIVE, PADDING)

@@ -18,6 +18,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from samadapt.data.labels import IGNORE
+
 EXEMPLARS = 10
 """Labelled slices to cut from, at least, if there are so many; more only where all structures need more."""
 
@@ -100,8 +102,8 @@ def synthesize(
     The black rows and columns at the right and bottom of the background, which pad it, stay as they are.
 
     Args:
-        exemplar: image (3,S,S) float32 in [0,1] and label (S,S) int64.
-        background: the same; structures that it shows keep their label where nothing is pasted over them.
+        exemplar: image (3,S,S) float32 in [0,1] and label (S,S) int64; ``IGNORE`` is no structure.
+        background: the same; what it shows keeps its label, ``IGNORE`` too, where nothing is pasted over it.
         ranges: of what is drawn.
         random: the same state gives the same sample.
 
@@ -113,7 +115,8 @@ def synthesize(
     places = np.argwhere(_body(image, content)) if ranges.relocate else np.empty((0, 2))
     image[content] = _recoloured(image[content], True, ranges, random)
     source, classes = exemplar[0].numpy(), exemplar[1].numpy()
-    regions = [_cut(source, classes == n, int(n), content, places, ranges, random) for n in np.unique(classes) if n]
+    shown = [int(n) for n in np.unique(classes) if n not in (0, IGNORE)]
+    regions = [_cut(source, classes == n, n, content, places, ranges, random) for n in shown]
     for region in sorted(regions, key=lambda region: region.mask.sum(), reverse=True):
         if region.mask.sum() >= ranges.smallest:
             rows, columns = region.place

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from samadapt.data.labels import IGNORE
 from samadapt.data.volume import Volume
 from samadapt.errors import ConfigError, InputError
 
@@ -118,7 +119,7 @@ def choose_window(volumes: Iterable[Volume], masks: Iterable[np.ndarray]) -> Win
 
     Args:
         volumes: read one at a time; none is kept.
-        masks: (I, J, K) each, whole numbers, 0 = background.
+        masks: (I, J, K) each, label indices; 0 is background, ``IGNORE`` is not looked at.
 
     Raises:
         InputError: no volume, or a mask whose shape differs from its volume's.
@@ -160,7 +161,7 @@ def foreground_values(array: np.ndarray) -> np.ndarray:
 
 def _collect(values: np.ndarray, mask: np.ndarray, samples: dict[int, list[np.ndarray]]) -> None:
     """Add up to :data:`_SAMPLE_PER_CLASS` evenly spread voxels of each class of one case."""
-    foreground = mask > 0
+    foreground = (mask > 0) & (mask != IGNORE)
     labels, hu = mask[foreground], values[foreground]
     for label in np.unique(labels):
         of_class = hu[labels == label]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
-from samadapt.data.labels import LabelMap
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.errors import ConfigError, InputError, SamAdaptError
 from samadapt.evaluation import bench_report, growth, speed
@@ -263,11 +263,12 @@ def _test(
     found: dict[str, dict[str, float | None]] = {}
     started = time.monotonic()
     for case in tqdm(cases, desc=f"  {folder.name}: testing", unit="case"):
-        volume, truth, _ = read_case(case, labels)
+        volume, truth, report = read_case(case, labels)
         mask = segmenter(volume)
         write_mask(folder / f"{case.id}.nii.gz", mask, volume.geometry)
-        merged = dice((mask > 0).astype(np.uint8), (truth > 0).astype(np.uint8), LabelMap((MERGED,)))
-        scores = dice(mask, truth, labels) | merged
+        either = np.where(truth == IGNORE, IGNORE, truth > 0)
+        merged = dice((mask > 0).astype(np.uint8), either, LabelMap((MERGED,)))
+        scores = dice(mask, truth, labels, report.unknown) | merged
         found[case.id] = {name: None if math.isnan(value) else round(value, 4) for name, value in scores.items()}
     return {"cases": found, "seconds_per_case": round((time.monotonic() - started) / len(cases), 2)}
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from samadapt.config import AppConfig
-from samadapt.data.cases import Case, find_cases
+from samadapt.data.cases import Case, assume, find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.data.window import choose_window
@@ -114,7 +114,7 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
         SamAdaptError: as training and reading cases raise it.
     """
     labels = LabelMap(tuple(job.labels))
-    known = {case.id: case for case in find_cases(job.studies)}
+    known = {case.id: case for case in assume(find_cases(job.studies), job.config.coverage)}
     training, testing = ([known[name] for name in names] for names in (job.training, job.testing))
     learn = _train_unet if job.recipe in UNETS else _train_recipe
     about, segmenter = learn(job, training, labels, folder)
@@ -139,10 +139,11 @@ def score(
     """
     found = {}
     for case in cases:
-        volume, truth, _ = read_case(case, labels)
+        volume, truth, report = read_case(case, labels)
         mask = segmenter(volume)
         write_mask(folder / f"{case.id}.nii.gz", mask, volume.geometry)
-        overlap, distance = dice(mask, truth, labels), hd95(mask, truth, labels, volume.geometry.spacing)
+        overlap = dice(mask, truth, labels, report.unknown)
+        distance = hd95(mask, truth, labels, volume.geometry.spacing, report.unknown)
         found[case.id] = {name: {"dice": overlap[name], "hd95_mm": distance[name]} for name in labels.names}
     return found
 

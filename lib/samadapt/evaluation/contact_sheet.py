@@ -18,8 +18,8 @@ from torch import Tensor
 
 from samadapt import recipes
 from samadapt.config import AppConfig
-from samadapt.data.cases import Case
-from samadapt.data.labels import LabelMap
+from samadapt.data.cases import Case, assume
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.errors import StateError
 from samadapt.files import atomic_path
 from samadapt.project import Project
@@ -42,7 +42,7 @@ def training_slices(
         StateError: no case is labelled, or no training case shows any of the labels.
         InputError: a case that cannot be read.
     """
-    labelled = [case for case in cases if case.label]
+    labelled = assume((case for case in cases if case.label), config.coverage)
     if not labelled:
         raise StateError(
             "no case is labelled yet", where=project.root.parent, remedy="Submit at least one label first."
@@ -89,7 +89,7 @@ def draw(bank: SyntheticSlices, labels: LabelMap, count: int, path: Path) -> lis
 
 def _show(axis: Axes, title: str, image: np.ndarray, label: Tensor) -> None:
     overlay = image.copy()
-    for n in np.unique(label[label > 0]):
+    for n in np.unique(label[(label > 0) & (label != IGNORE)]):
         here = label.numpy() == n
         overlay[here] = 0.5 * overlay[here] + 0.5 * np.array(_colour(int(n)))
     gap = np.ones((len(image), 1 + len(image) // 40, 3), image.dtype)

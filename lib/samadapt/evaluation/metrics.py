@@ -1,34 +1,58 @@
-"""Overlap and distance per case and class, on the native grid. Definitions that do not reward an empty prediction."""
+"""Overlap and distance per case and class, on the native grid. Definitions that do not reward an empty prediction.
+
+Voxels whose truth is ``IGNORE`` are left out, and so are classes that nobody has looked for in a case.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
+from scipy import ndimage
 
-from samadapt.data.labels import LabelMap
+from samadapt.data.labels import IGNORE, LabelMap
 
 
-def dice(predicted: np.ndarray, truth: np.ndarray, labels: LabelMap) -> dict[str, float]:
+def dice(predicted: np.ndarray, truth: np.ndarray, labels: LabelMap, unknown: Collection[str] = ()) -> dict[str, float]:
     """Dice coefficient of each class.
 
     Args:
         predicted: (I,J,K) indices of ``labels``.
-        truth: the same for the true label.
+        truth: the same for the true label, with ``IGNORE`` where nobody has labelled.
         labels: the classes.
+        unknown: names of classes that nobody has looked for.
 
     Returns:
-        name -> 0..1; 0 where exactly one of the two is empty, NaN where both are (nothing to measure).
+        name -> 0..1; 0 where exactly one of the two is empty; NaN where both are, or for an unknown class (nothing to
+        measure).
     """
-    return {name: _dice(predicted == n, truth == n) for n, name in enumerate(labels.names, start=1)}
+    labelled = truth != IGNORE
+    return {
+        name: math.nan if name in unknown else _dice((predicted == n) & labelled, truth == n)
+        for n, name in enumerate(labels.names, start=1)
+    }
 
 
-def hd95(predicted: np.ndarray, truth: np.ndarray, labels: LabelMap, spacing: Sequence[float]) -> dict[str, float]:
-    """95th percentile of the surface distance of each class, in mm by ``spacing``; NaN where either is empty."""
-    return {name: _hd95(predicted == n, truth == n, spacing) for n, name in enumerate(labels.names, start=1)}
+def hd95(
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    labels: LabelMap,
+    spacing: Sequence[float],
+    unknown: Collection[str] = (),
+) -> dict[str, float]:
+    """95th percentile of the surface distance of each class, in mm by ``spacing``; NaN where either has no surface.
+
+    Where a structure is cut off by voxels that nobody has labelled is no surface of it. The arguments are ``dice``'s.
+    """
+    ignored = truth == IGNORE
+    distance = _hd95_beside(ignored) if ignored.any() else _hd95
+    return {
+        name: math.nan if name in unknown else distance(predicted == n, truth == n, spacing)
+        for n, name in enumerate(labels.names, start=1)
+    }
 
 
 def mean(values: Iterable[float]) -> float:
@@ -56,3 +80,21 @@ def _hd95(predicted: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
         batch[0], batch[1], include_background=True, percentile=95, spacing=list(spacing)
     )
     return float(distance)
+
+
+def _hd95_beside(ignored: np.ndarray) -> Callable[[np.ndarray, np.ndarray, Sequence[float]], float]:
+    """``_hd95`` of the surfaces between voxels that are not ``ignored`` (I,J,K) bool."""
+
+    def surface(mask: np.ndarray) -> np.ndarray:
+        return mask & ~ignored & ~ndimage.binary_erosion(mask | ignored)
+
+    def distance(predicted: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+        found, wanted = surface(predicted), surface(truth)
+        if not found.any() or not wanted.any():
+            return math.nan
+        ways = [
+            ndimage.distance_transform_edt(~to, sampling=spacing)[of] for of, to in ((found, wanted), (wanted, found))
+        ]
+        return float(max(np.percentile(way, 95) for way in ways))
+
+    return distance

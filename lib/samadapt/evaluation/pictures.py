@@ -10,7 +10,7 @@ from matplotlib import colormaps
 
 from samadapt.data.cases import Case
 from samadapt.data.geometry import turn_to_lps
-from samadapt.data.labels import LabelMap
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.data.slices import take_slice
 from samadapt.data.volume import read_label
 from samadapt.data.window import default_window
@@ -31,9 +31,11 @@ def widest_slice_of(case: Case, labels: LabelMap, files: Sequence[Path]) -> tupl
         files: masks of the case on its native grid.
 
     Returns:
-        The image (H,W,3) in 0..1, and uint8 (H,W) label indices: the truth, then one for each file.
+        The image (H,W,3) in 0..1, and uint8 (H,W) label indices: the truth (0 where nobody has labelled), then one for
+        each file.
     """
     volume, truth, _ = read_case(case, labels)
+    truth[truth == IGNORE] = 0
     turn = turn_to_lps(volume.geometry)
     axis = turn.turned.acquisition_axis
     upright = [turn.forward(mask) for mask in (truth, *map(read_label, files))]

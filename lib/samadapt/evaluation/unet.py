@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from monai.data import list_data_collate
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
 from monai.networks.layers import Norm
 from monai.networks.nets import UNet
 from monai.transforms import (
@@ -41,7 +40,8 @@ from samadapt.data.volume import Volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError, StateError
 from samadapt.heads.unet import unet_2d
-from samadapt.training.slices import SliceSampler, prepare, read_case
+from samadapt.training.losses import class_loss
+from samadapt.training.slices import SliceSampler, prepare, read_case, stack, unknown_classes
 
 NEAR_CUBIC = 2.0
 """Largest ratio between a voxel's sides for which a 3D network is the better choice."""
@@ -57,7 +57,12 @@ FRAME_SIZE = 128
 
 LEARNING_RATE = 3e-3
 WARMUP = 0.05
+
+Batches = Iterator[tuple[Tensor, Tensor, Tensor | None]]
+"""Images in [0,1], labels int64, and what ``class_loss`` takes as ``unknown``."""
+
 BATCH_2D, BATCH_3D = 8, 2
+UNKNOWN = "unknown"
 CHANNELS_3D = (16, 32, 64, 128)
 
 
@@ -179,12 +184,12 @@ def train_unet(
     geometries, colour = [volume.geometry for volume in volumes], any(volume.is_colour for volume in volumes)
     plan = Plan.with_dimensions(dimensions, geometries, colour) if dimensions else Plan.of(geometries, colour)
     torch.manual_seed(seed)
-    batches: Iterator[tuple[Tensor, Tensor]]
+    batches: Batches
     if plan.dimensions == 2:
         prepared = prepare(cases, labels, window, context, plan.shape[0], folder)
         sampler = SliceSampler(prepared, plan.shape[0], BATCH_2D, seed)
         network: nn.Module = unet_2d(len(labels))
-        batches = map(sampler.batch, itertools.count())
+        batches = _slices(sampler, labels)
     else:
         network = UNet(
             spatial_dims=3,
@@ -203,12 +208,11 @@ def train_unet(
 
 def _fit(
     network: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Batches,
     seconds: float,
     progress: Callable[[float, int, float], None] | None,
 ) -> tuple[int, float]:
     """Train in place until the time is up; (steps, seconds used)."""
-    loss_of = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     device = next(network.parameters()).device
     started, steps, used = time.monotonic(), 0, 0.0
@@ -216,8 +220,9 @@ def _fit(
     while used < seconds:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(used / seconds)
-        images, masks = (part.to(device) for part in next(batches))
-        loss = loss_of(network(images), masks[:, None])
+        images, masks, unknown = next(batches)
+        unknown = None if unknown is None else unknown.to(device)
+        loss = class_loss(network(images.to(device)), masks.to(device), unknown)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12.0)
@@ -235,23 +240,33 @@ def _schedule(used: float) -> float:
     return max(used / WARMUP, 0.02) if used < WARMUP else max((1 - used) / (1 - WARMUP), 0.0) ** 0.9
 
 
-def _crops(
-    cases: Sequence[Case], labels: LabelMap, window: Window, plan: Plan, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless augmented batches: images (B,1,...) in [0,1] and labels (B,...) int64, of the plan's shape."""
+def _slices(sampler: SliceSampler, labels: LabelMap) -> Batches:
+    """Endless augmented batches: images (B,3,S,S) and labels (B,S,S)."""
+    for number in itertools.count():
+        draws = sampler.draws(number)
+        yield *stack(map(sampler.load, draws)), unknown_classes(draws, labels)
+
+
+def _crops(cases: Sequence[Case], labels: LabelMap, window: Window, plan: Plan, seed: int) -> Batches:
+    """Endless augmented batches: images (B,1,...) and labels (B,...) of the plan's shape."""
     records = [_upright(case, labels, window) for case in cases]
     transform = _augmentation(plan.shape, len(labels) + 1).set_random_state(seed=seed)
     random = np.random.default_rng(seed)
     while True:
         chosen = [transform(dict(records[n])) for n in random.integers(len(records), size=BATCH_3D)]
         batch = list_data_collate([crop for crops in chosen for crop in crops])
-        yield batch[IMAGE].as_tensor().clamp(0, 1), batch[LABEL].as_tensor()[:, 0].long()
+        unknown = batch[UNKNOWN] if batch[UNKNOWN].any() else None
+        yield batch[IMAGE].as_tensor().clamp(0, 1), batch[LABEL].as_tensor()[:, 0].long(), unknown
 
 
 def _upright(case: Case, labels: LabelMap, window: Window) -> dict[str, Tensor]:
-    volume, mask, _ = read_case(case, labels)
+    volume, mask, report = read_case(case, labels)
     turn = turn_to_lps(volume.geometry)
-    return {IMAGE: _tensor(window.apply(turn.forward(volume.array))), LABEL: _tensor(turn.forward(mask)[None])}
+    return {
+        IMAGE: _tensor(window.apply(turn.forward(volume.array))),
+        LABEL: _tensor(turn.forward(mask)[None]),
+        UNKNOWN: torch.tensor([False, *(name in report.unknown for name in labels.names)]),
+    }
 
 
 def _augmentation(shape: tuple[int, ...], classes: int) -> Compose:

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -22,6 +22,7 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from samadapt.data.coverage import UNSAID, Coverage, labelled_slices
 from samadapt.data.labels import values_from_label_info
 from samadapt.data.volume import Geometry, read_label, read_volume
 from samadapt.errors import InputError, StateError
@@ -45,6 +46,22 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+class Submission(NamedTuple):
+    """A label as it was submitted.
+
+    Attributes:
+        info: what came with it.
+        present: values in the mask, without 0.
+        coverage: what it covers, by its own word or by the settings.
+        slices: how many slices are labelled, of how many.
+    """
+
+    info: dict[str, Any]
+    present: set[int]
+    coverage: Coverage
+    slices: tuple[int, int]
+
+
 class SafeDatastore(LocalDatastore):
     """A folder of images with ``labels/<tag>/`` below it.
 
@@ -59,12 +76,14 @@ class SafeDatastore(LocalDatastore):
     Attributes:
         folder: the studies folder.
         geometry_of: reads an image's grid; replace it by one that remembers images.
-        last_saved: what the label saved last was submitted with, and the values in it, without 0.
+        assumed: what labels cover that do not say so; replace it by what the settings say.
+        last_saved: the label saved last.
     """
 
     def __init__(self, datastore_path: str, **host_options: Any) -> None:
         self.geometry_of: Callable[[str], Geometry] = lambda path: read_volume(path).geometry
-        self.last_saved: tuple[dict[str, Any], set[int]] = ({}, set())
+        self.assumed = UNSAID
+        self.last_saved = Submission({}, set(), UNSAID, (0, 0))
         self.folder = Path(datastore_path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._exclusive = FileLock(self.folder / ".samadapt.lock")
@@ -154,6 +173,7 @@ class SafeDatastore(LocalDatastore):
             super().update_image_info(image_id, info)
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        Coverage.from_info(info)  # refuses what later trainings would have to refuse
         with self._exclusive:
             self._init_from_datastore_file()
             super().update_label_info(label_id, label_tag, info)
@@ -198,8 +218,8 @@ class SafeDatastore(LocalDatastore):
         """Store a mask whose grid equals its image's, with what its values mean.
 
         Raises:
-            InputError: unknown image, bad tag, unreadable mask, other grid, or a ``label_info`` that is none; nothing
-                is stored then.
+            InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, or labelled
+                slices or classes (see ``Coverage.from_info``) that the image cannot have; nothing is stored then.
         """
         tag = check_tag(label_tag)
         self._checked_mask(image_id, label_filename, label_info)
@@ -215,8 +235,11 @@ class SafeDatastore(LocalDatastore):
             mask = read_label(label_filename, geometry)
         except InputError as error:  # the file's own name is that of an upload, which says nothing to a person
             raise InputError(error.what, where=f"label of {image_id}", remedy=error.remedy) from None
-        values_from_label_info((label_info or {}).get("label_info") or [])
-        self.last_saved = (label_info or {}, set(np.unique(mask).tolist()) - {0})
+        info = label_info or {}
+        values = values_from_label_info(info["label_info"]) if info.get("label_info") else None
+        coverage, axis = Coverage.from_info(info).or_else(self.assumed), geometry.acquisition_axis
+        slices = labelled_slices(coverage.left_out(mask, values, axis), mask.shape, axis)
+        self.last_saved = Submission(info, set(np.unique(mask).tolist()) - {0}, coverage, slices)
         return mask
 
     def _check_extension(self, extension: str) -> None:

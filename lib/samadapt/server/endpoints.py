@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, FastAPI
+from monailabel.config import settings as host
+from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.app import MONAILabelApp
 from pydantic import BaseModel, StrictBool
 
@@ -15,21 +17,29 @@ class Pause(BaseModel):
     paused: StrictBool
 
 
+def install(server: FastAPI, app: MONAILabelApp) -> None:
+    """Add the endpoints to a server that has started."""
+    server.include_router(router(app), prefix=host.MONAI_LABEL_API_STR)
+    server.openapi_schema = None  # its documentation is made again, with them
+
+
 def router(app: MONAILabelApp) -> APIRouter:
-    """Endpoints under ``/samadapt``."""
-    found = APIRouter(prefix="/samadapt", tags=["samadapt"])
+    """The endpoints under ``/samadapt``; whoever may train may pause trainings."""
+    made = APIRouter(prefix="/samadapt", tags=["samadapt"])
+    user = Depends(RBAC(host.MONAI_LABEL_AUTH_ROLE_USER))
+    trainer = Depends(RBAC(host.MONAI_LABEL_AUTH_ROLE_ADMIN))
 
-    @found.get("/worklist", summary="Unlabelled images, worst first by the Dice that is expected of the model's mask")
+    @made.get("/worklist", summary="Unlabelled images, worst first by the expected Dice", dependencies=[user])
     def worklist() -> dict[str, Any]:
-        return app.outlook.worklist()
+        return dict(app.outlook.worklist())
 
-    @found.get("/auto_train", summary="Whether trainings start by themselves, and how many labels are new")
+    @made.get("/auto_train", summary="Trainings that start by themselves: state", dependencies=[user])
     def auto_train() -> dict[str, Any]:
-        return app.auto_train.state()
+        return dict(app.auto_train.state())
 
-    @found.post("/auto_train", summary="Pause trainings that start by themselves, or let them go on")
+    @made.post("/auto_train", summary="Pause them, or let them go on", dependencies=[trainer])
     def pause(body: Pause) -> dict[str, Any]:
         app.auto_train.pause(body.paused)
-        return app.auto_train.state()
+        return dict(app.auto_train.state())
 
-    return found
+    return made

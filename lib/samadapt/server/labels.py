@@ -9,7 +9,15 @@ from typing import Any
 
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from samadapt.data.labels import BACKGROUND, LabelMap, same_name, values_from_label_info
+from samadapt.data.coverage import UNSAID, Coverage
+from samadapt.data.labels import (
+    BACKGROUND,
+    IGNORED_NAMES,
+    LabelMap,
+    class_names,
+    same_name,
+    values_from_label_info,
+)
 from samadapt.errors import InputError
 from samadapt.files import write_json
 from samadapt.model import read_info
@@ -61,9 +69,8 @@ class LabelSource:
         known = self.current()
         found = {same_name(name): name for name in (known.names if known else ())}
         before = len(found)
-        for name in names:
-            if same_name(name) != BACKGROUND:
-                found.setdefault(same_name(name), name)
+        for name in class_names(names):
+            found.setdefault(same_name(name), name)
         if len(found) != before:
             write_json(self._learned, list(found.values()))
 
@@ -80,14 +87,43 @@ class LabelSource:
             self.learn(name for _, name in sorted(values.items()))
 
 
-def label_warnings(submitted: Mapping[str, Any], present: Collection[int], labels: LabelMap | None) -> list[str]:
-    """What is odd about a stored label, for the annotator who has just submitted it.
+def label_warnings(
+    submitted: Mapping[str, Any],
+    present: Collection[int],
+    labels: LabelMap | None,
+    coverage: Coverage = UNSAID,
+    slices: tuple[int, int] | None = None,
+) -> list[str]:
+    """What is odd about a stored label, or not labelled in it, for the annotator who has just submitted it.
 
     Args:
         submitted: with its ``label_info``, which may be missing.
         present: values in the mask, without 0.
         labels: the label map of now.
+        coverage: of the label.
+        slices: how many slices are labelled, of how many; None: all.
     """
+    unknown = _unknown(submitted, present, labels, coverage) if labels else ()
+    partly = []
+    if slices and slices[0] < slices[1]:
+        partly.append(f"{slices[0]} of {slices[1]} slices are labelled; nothing is learned from the others")
+    if unknown:
+        partly.append(f"the label does not speak of {', '.join(unknown)}: its background may be any of them")
+    return [*_odd(submitted, present, labels, unknown), *partly]
+
+
+def _unknown(
+    submitted: Mapping[str, Any], present: Collection[int], labels: LabelMap, coverage: Coverage
+) -> tuple[str, ...]:
+    entries = submitted.get("label_info")
+    values = dict(enumerate(labels.names, start=1)) if not entries else values_from_label_info(entries)
+    named = {same_name(name) for value, name in values.items() if entries or value in present}
+    return coverage.unknown(labels, tuple(name for name in labels.names if same_name(name) not in named))
+
+
+def _odd(
+    submitted: Mapping[str, Any], present: Collection[int], labels: LabelMap | None, unknown: Collection[str]
+) -> list[str]:
     if not present:
         return ["the mask is empty"]
     known = labels.names if labels else ()
@@ -104,8 +140,12 @@ def label_warnings(submitted: Mapping[str, Any], present: Collection[int], label
         structures.setdefault(same_name(named[value]), []).append(value)
     for values in structures.values():
         name = named[values[0]]
+        if same_name(name) in (BACKGROUND, *IGNORED_NAMES):
+            continue
         if len(values) > 1:
             warnings.append(f"values {', '.join(map(str, values))} are all {name!r} and are learned as one structure")
-        if labels and labels.find(name) is None and same_name(name) != BACKGROUND:
+        if labels and labels.find(name) is None:
             warnings.append(f"{name!r} is none of the labels ({', '.join(known)}) and becomes background; {WRITE_DOWN}")
+        if any(same_name(name) == same_name(other) for other in unknown):
+            warnings.append(f"{name!r} is drawn but not among the labelled classes, and is not learned from this label")
     return warnings

@@ -19,7 +19,7 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
-from samadapt.training.loop import Budget, frame_dice, spread
+from samadapt.training.loop import Budget, frame_dice
 from samadapt.training.slices import PreparedCase, SliceSampler
 from samadapt.training.tokens import TokenSource
 
@@ -156,8 +156,7 @@ def _measure(model: AdaptedModel, fold: Fold, cache: SliceCache) -> dict[str, fl
     recipe, size = model.info.recipe, model.info.image_size
     source = TokenSource(model, SliceSampler(fold.learning, size, recipe.batch_size, recipe.seed), cache)
     scores = [
-        frame_dice(model, case, [case.learned_from[n] for n in spread(len(case.learned_from), CHECKED_SLICES)], source)
-        for case in (_whole(case, fold) for case in fold.checking)
+        frame_dice(model, case, CHECKED_SLICES, source) for case in (_whole(case, fold) for case in fold.checking)
     ]
     learned = {label for case in fold.learning for label in case.slices_of}
     names = enumerate(model.info.labels.names, start=1)

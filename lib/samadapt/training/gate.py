@@ -20,7 +20,7 @@ from samadapt.errors import WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.metrics import dice
-from samadapt.inference.auto import segment
+from samadapt.inference.examine import examine
 from samadapt.model import AdaptedModel, ModelInfo, read_info
 from samadapt.project import Project
 from samadapt.training.crossval import CrossValidation
@@ -61,15 +61,22 @@ class ClickScores:
     objects: int
 
 
-def case_dice(
+def measure_cases(
     model: AdaptedModel, cases: Sequence[Case], labels: LabelMap, cache: SliceCache | None = None
-) -> CaseDice:
-    """Dice of every case and class on the native grid, without prompts; NaN where a class is in neither mask."""
-    scores = {}
+) -> tuple[CaseDice, CaseDice]:
+    """Every case without prompts, on the native grid.
+
+    Returns:
+        Dice; NaN where a class is in neither mask, or where nobody has looked for it. And the Dice that the model
+        itself expected (``Examination.overlap``).
+    """
+    true, expected = {}, {}
     for case in cases:
-        volume, truth, _ = read_case(case, labels)
-        scores[case.id] = dice(segment(model, volume, cache=cache), truth, labels)
-    return scores
+        volume, truth, report = read_case(case, labels)
+        mask, examination = examine(model, volume, cache=cache)
+        true[case.id] = dice(mask, truth, labels, report.unknown)
+        expected[case.id] = dict(zip(labels.names, examination.overlap.tolist(), strict=True))
+    return true, expected
 
 
 def compare_clicks(
@@ -125,12 +132,14 @@ class Measured:
     """What is known of how well a candidate finds its classes; nothing of either in the shortest trainings.
 
     Attributes:
-        held_out: its ``case_dice`` on the held-out cases.
+        held_out: its Dice on the held-out cases.
         crossed: where nothing is held out.
+        expected: the Dice on the held-out cases that it expected of itself.
     """
 
     held_out: CaseDice
     crossed: CrossValidation | None = None
+    expected: CaseDice = field(default_factory=dict)
 
 
 def judge(
@@ -166,7 +175,7 @@ def judge(
     if rival is None:
         reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
         return Verdict(True, reason, current.stem)
-    return _by_held_out(measured.held_out, case_dice(rival, held_out, labels, cache), current.stem)
+    return _by_held_out(measured.held_out, measure_cases(rival, held_out, labels, cache)[0], current.stem)
 
 
 def _by_held_out(own: CaseDice, other: CaseDice, current: str) -> Verdict:

@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from samadapt.data.labels import resize_label
+from samadapt.data.labels import IGNORE, resize_label
 from samadapt.data.slice_cache import SliceCache
 from samadapt.encoding import working_precision
 from samadapt.errors import StateError
@@ -23,7 +23,7 @@ from samadapt.model import AdaptedModel
 from samadapt.recipes import Recipe
 from samadapt.training import checkpoint
 from samadapt.training.losses import class_loss, prompt_loss
-from samadapt.training.slices import Draw, PreparedCase, SliceSampler
+from samadapt.training.slices import Draw, PreparedCase, SliceSampler, unknown_classes
 from samadapt.training.synthetic import SyntheticSlices
 from samadapt.training.tokens import TokenSource
 
@@ -178,17 +178,19 @@ class Trainer:
         self._checkpoint.unlink(missing_ok=True)
         self._best.unlink(missing_ok=True)
 
-    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         for step in itertools.count(self.progress.step):
-            yield step, *self._tokens.batch(self._sampler.draws(step))
+            draws = self._sampler.draws(step)
+            unknown = unknown_classes(draws, self._model.info.labels)
+            yield step, *self._tokens.batch(draws), None if unknown is None else unknown.to(self._device)
 
-    def _step(self, engine: Engine, batch: tuple[int, Tensor, Tensor]) -> float:
-        step, tokens, labels = batch
+    def _step(self, engine: Engine, batch: tuple[int, Tensor, Tensor, Tensor | None]) -> float:
+        step, tokens, labels, unknown = batch
         recipe = self._model.info.recipe
         generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
         with working_precision(self._device):
             embeddings = self._model.embed_tokens(tokens)
-            loss = class_loss(self._model.class_logits(embeddings), labels)
+            loss = class_loss(self._model.class_logits(embeddings), labels, unknown)
             if recipe.prompt_weight and self._model.takes_prompts:
                 loss = loss + recipe.prompt_weight * prompt_loss(self._model, embeddings, labels, generator)
         self._optimizer.zero_grad(set_to_none=True)
@@ -251,9 +253,7 @@ class Trainer:
             return {}
         started = time.monotonic()
         self._model.eval()
-        scores = [
-            frame_dice(self._model, case, spread(len(case), VALIDATION_SLICES), self._tokens) for case in self._held_out
-        ]
+        scores = [frame_dice(self._model, case, VALIDATION_SLICES, self._tokens) for case in self._held_out]
         self._model.train()
         self.progress.checking += time.monotonic() - started
         return {name: mean(score[name] for score in scores) for name in self._model.info.labels.names}
@@ -286,24 +286,24 @@ def _groups(parameters: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[d
     ]
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``range(count)``, evenly spread, first and last among them."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
-
-
 @torch.inference_mode()
-def frame_dice(
-    model: AdaptedModel, case: PreparedCase, indices: Sequence[int], source: TokenSource
-) -> dict[str, float]:
-    """Dice of each class over slices of one case together, in the model frame; NaN where a class is in neither mask."""
+def frame_dice(model: AdaptedModel, case: PreparedCase, most: int, source: TokenSource) -> dict[str, float]:
+    """Dice of each class over at most ``most`` labelled slices of one case together, evenly spread, in the model frame.
+
+    NaN where a class is in neither mask, or where nobody has looked for it.
+    """
     names = model.info.labels.names
     overlap, total = [0] * len(names), [0] * len(names)
-    for chunk in torch.tensor(indices).split(model.info.recipe.batch_size):
-        tokens, label = source.batch([Draw(case, index, None) for index in chunk.tolist()])
+    places = torch.linspace(0, len(case.learned_from) - 1, min(len(case.learned_from), most)).round().long().tolist()
+    for start in range(0, len(places), model.info.recipe.batch_size):
+        chunk = places[start : start + model.info.recipe.batch_size]
+        tokens, label = source.batch([Draw(case, case.learned_from[place], None) for place in chunk])
         found = model.class_logits(model.embed_tokens(tokens)).argmax(dim=1)
         truth = resize_label(label, found.shape)
+        found[truth == IGNORE] = 0
         for n in range(len(names)):
             a, b = found == n + 1, truth == n + 1
             overlap[n] += int((a & b).sum())
             total[n] += int(a.sum() + b.sum())
-    return {name: 2 * overlap[n] / total[n] if total[n] else math.nan for n, name in enumerate(names)}
+    measured = [total[n] > 0 and n + 1 not in case.unknown for n in range(len(names))]
+    return {name: 2 * overlap[n] / total[n] if measured[n] else math.nan for n, name in enumerate(names)}

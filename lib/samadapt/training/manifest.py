@@ -14,6 +14,7 @@ from samadapt.config import AppConfig
 from samadapt.data.cases import Case
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.metrics import mean, mean_by_class
+from samadapt.inference.quality import calibrate
 from samadapt.model import AdaptedModel
 from samadapt.terminal import plain
 from samadapt.training.gate import CaseDice, ClickScores, Measured, Verdict
@@ -57,6 +58,9 @@ def manifest(
         "settings": dataclasses.asdict(config),
         "held_out_dice": mean_by_class(list(scores.values())),
         "held_out_by_case": scores,
+        "calibration": calibrate(
+            model.info.labels.names, list(measured.expected.values()), [scores[case] for case in measured.expected]
+        ),
         "held_out_interval": intervals(scores) if scores else None,
         "cross_validation": {
             **dataclasses.asdict(crossed),

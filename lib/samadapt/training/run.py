@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from samadapt import backbones, recipes
 from samadapt.config import AppConfig
-from samadapt.data.cases import Case
+from samadapt.data.cases import Case, assume
 from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
@@ -32,11 +32,11 @@ from samadapt.project import Project
 from samadapt.recipes import Recipe
 from samadapt.training import crossval, preview
 from samadapt.training.crossval import CrossValidation
-from samadapt.training.gate import ClickScores, Measured, Verdict, case_dice, compare_clicks, judge
+from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
-from samadapt.training.slices import PreparedCase, few_slices, prepare, read_case
+from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
 from samadapt.training.synthetic import RANGES, SyntheticSlices
 from samadapt.versions import Versions
 
@@ -120,7 +120,8 @@ def train(
     with _alone(project):
         log = _Status(project, progress)
         try:
-            return _Training([case for case in cases if case.label], labels, config, project, log).run()
+            labelled = assume((case for case in cases if case.label), config.coverage)
+            return _Training(labelled, labels, config, project, log).run()
         except SamAdaptError as error:
             log.end("failed", str(error))
             raise
@@ -179,6 +180,7 @@ class _Training:
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
         remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
+        remarks += partly_labelled(prepared)
         if synthetic and synthetic.remark:
             remarks.append(synthetic.remark)
         for remark in remarks:
@@ -264,7 +266,7 @@ class _Training:
 
         done = preview.refit_head(model, learning, checking, self._project.training / "preview", self._cache, report)
         model.describe(trained=True)
-        measured = Measured(case_dice(model, self._held_out, self._labels, self._cache))
+        measured = self._measure(model)
         scores = mean_by_class(list(measured.held_out.values()))
         if scores and max(scores.values()) < NOT_FOUND:
             self._log.phase("preview finds nothing yet, so it is not published")
@@ -323,7 +325,7 @@ class _Training:
         """Measure a trained model, save it, and publish it if it is no worse than what is published."""
         self._log.phase("measuring on the held-out cases")
         model.describe(trained=True)
-        measured = Measured(case_dice(model, self._held_out, self._labels, self._cache), crossed)
+        measured = self._measure(model, crossed)
         scores = mean_by_class(list(measured.held_out.values()))
         clicks = compare_clicks(
             model,
@@ -350,6 +352,10 @@ class _Training:
             done.seconds,
             [*remarks, *missed],
         )
+
+    def _measure(self, model: AdaptedModel, crossed: CrossValidation | None = None) -> Measured:
+        true, expected = measure_cases(model, self._held_out, self._labels, self._cache)
+        return Measured(true, crossed, expected)
 
     def _decide(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from samadapt.data.augment import Augmentation
 from samadapt.data.cases import Case
-from samadapt.data.labels import LabelMap, RemapReport, remap
+from samadapt.data.coverage import remap_covered
+from samadapt.data.labels import IGNORE, LabelMap, RemapReport
 from samadapt.data.slices import take_slice
 from samadapt.data.view import LEVELS, ModelView, view_key
 from samadapt.data.volume import Volume, read_label, read_volume
@@ -26,7 +27,7 @@ from samadapt.files import atomic_path, write_json
 if TYPE_CHECKING:
     from samadapt.training.synthetic import SyntheticSlices
 
-PREPARED = 3
+PREPARED = 4
 """Version of how slices are prepared and kept on disk: raise it with any change, and old ones are made anew."""
 
 ANY_SLICE = 0.2
@@ -34,7 +35,8 @@ ANY_SLICE = 0.2
 
 
 def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapReport]:
-    """The image, its label in the order of ``labels`` (uint8, native grid), and what the mapping by name reported.
+    """The image, its label in the order of ``labels`` (uint8, native grid; ``IGNORE`` where nobody has labelled), and
+    what the mapping by name reported.
 
     Raises:
         InputError: the case has no label, or image or label cannot be used.
@@ -42,7 +44,11 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapRe
     if case.label is None:
         raise InputError("the case has no label", where=case.id)
     volume = read_volume(case.image)
-    mask, report = remap(read_label(case.label, volume.geometry), case.values, labels)
+    label = read_label(case.label, volume.geometry)
+    try:
+        mask, report = remap_covered(label, case.values, labels, case.coverage, volume.geometry.acquisition_axis)
+    except InputError as error:
+        raise InputError(error.what, where=f"label of {case.id}", remedy=error.remedy) from error
     return volume, mask, report
 
 
@@ -55,12 +61,14 @@ class PreparedCase:
         plane: 0 is the acquisition plane; the others count as ``Geometry.slice_axes`` does.
         key: changes with the files and everything that shaped the slices.
         images: uint8 (N,C,S,S); ``LEVELS`` is 1.0.
-        labels: uint8 (N,S,S) model label indices.
+        labels: uint8 (N,S,S) model label indices; ``IGNORE`` where nobody has labelled.
         slices_of: class index -> indices of the slices that show it.
         areas: class index -> its pixels in each of these.
-        learned_from: indices of the slices that a training draws from.
+        learned_from: indices of the slices that a training draws from; wholly unlabelled ones are not among them.
         context: see ``ModelInfo.context``.
         remark: what was odd about the names in its label; empty where all fitted.
+        partly: what is not labelled, for people; empty where everything is.
+        unknown: indices of the classes that nobody has looked for: the background may be any of them.
         view_key: see ``samadapt.data.view.view_key``; unlike ``key`` it stays when the label is changed.
     """
 
@@ -75,6 +83,8 @@ class PreparedCase:
     learned_from: Sequence[int]
     context: int
     remark: str
+    partly: str
+    unknown: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,6 +100,10 @@ class PreparedCase:
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         """``image`` and ``label`` of one slice."""
         return self.image(index), self.label(index)
+
+    def unknown_on(self, index: int) -> tuple[int, ...]:
+        """Classes that the background of one slice may be: the same for all slices of a case."""
+        return self.unknown
 
 
 def prepare(
@@ -117,6 +131,19 @@ def prepare(
         if progress:
             progress(number, len(cases))
     return prepared
+
+
+def partly_labelled(prepared: Sequence[PreparedCase]) -> list[str]:
+    """One sentence about the cases of which not everything is labelled; none where there are no such cases."""
+    cases = [case for case in prepared if case.plane == 0]
+    partly = [case for case in cases if case.partly]
+    if not partly:
+        return []
+    slices, labelled = sum(map(len, cases)), sum(len(case.learned_from) for case in cases)
+    return [
+        f"{len(partly)} of {len(cases)} labelled cases are labelled in part: {labelled} of {slices} slices are "
+        f"labelled, and {sum(bool(case.unknown) for case in cases)} cases do not speak of every structure"
+    ]
 
 
 def few_slices(case: PreparedCase, count: int, seed: int) -> PreparedCase:
@@ -187,7 +214,7 @@ class SliceSampler:
         copies: int = 2**31,
         synthetic: SyntheticSlices | None = None,
     ) -> None:
-        self._cases = cases
+        self._cases = [case for case in cases if case.learned_from]
         self._augment = Augmentation(size)
         self._batch_size = batch_size
         self.seed = seed
@@ -226,6 +253,14 @@ class SliceSampler:
         return Draw(case, index, int(random.integers(self._copies)) if self._copies else None)
 
 
+def unknown_classes(draws: Sequence[Draw], labels: LabelMap) -> Tensor | None:
+    """What ``class_loss`` takes as ``unknown`` for a batch: (B,K+1) bool, None where every class was looked for."""
+    found = [draw.case.unknown_on(draw.index) for draw in draws]
+    if not any(found):
+        return None
+    return torch.tensor([[n in indices for n in range(len(labels) + 1)] for indices in found])
+
+
 def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Images, or what stands for them, and labels, each as one batch."""
     images, labels = zip(*pairs, strict=True)
@@ -235,7 +270,8 @@ def stack(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _key(case: Case, labels: LabelMap, window: Window, size: int, planes: str) -> str:
     """Hex name of a case's prepared slices: changes with the files and with everything that shapes the slices."""
     files = [path for path in (case.image, case.label) if path is not None]
-    return slices_key(files, [sorted((case.values or {}).items()), labels.names, window.to_dict(), size, planes])
+    named, covered = sorted((case.values or {}).items()), astuple(case.coverage)
+    return slices_key(files, [named, covered, labels.names, window.to_dict(), size, planes])
 
 
 def _write(case: Case, labels: LabelMap, window: Window, size: int, planes: str, stem: Path) -> None:
@@ -247,6 +283,8 @@ def _write(case: Case, labels: LabelMap, window: Window, size: int, planes: str,
     record = {
         "case": case.id,
         "remark": "" if report.clean else str(report),
+        "partly": report.partly,
+        "unknown": [labels.index(name) for name in report.unknown],
         "digest": volume.digest,
         "planes": written,
     }
@@ -260,7 +298,9 @@ def _write_plane(volume: Volume, mask: np.ndarray, view: ModelView, images: Path
     save_array(labels, np.stack(frames))
     shown = {label: [i for i, frame in enumerate(frames) if (frame == label).any()] for label in _present(frames)}
     areas = {label: [int((frames[i] == label).sum()) for i in indices] for label, indices in shown.items()}
-    return {"slices_of": shown, "areas": areas, "axis": view.axis}
+    height, width = view.frame.content  # the padding around it is background
+    labelled = [i for i, frame in enumerate(frames) if (frame[:height, :width] != IGNORE).any()]
+    return {"slices_of": shown, "areas": areas, "learned_from": labelled, "axis": view.axis}
 
 
 def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> list[PreparedCase]:
@@ -282,9 +322,11 @@ def _open(case_id: str, stem: Path, window: Window, context: int, size: int) -> 
                 labels=labels,
                 slices_of=slices_of,
                 areas=areas,
-                learned_from=range(len(labels)),
+                learned_from=own["learned_from"],
                 context=context,
                 remark=record["remark"],
+                partly=record["partly"],
+                unknown=tuple(record["unknown"]),
             )
         )
     return found
@@ -337,4 +379,4 @@ def _present(frames: Iterable[np.ndarray]) -> list[int]:
     found: set[int] = set()
     for frame in frames:
         found.update(int(label) for label in np.unique(frame))
-    return sorted(found - {0})
+    return sorted(found - {0, IGNORE})

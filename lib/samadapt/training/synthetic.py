@@ -75,10 +75,20 @@ class SyntheticSlices:
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Image (3,S,S) float32 in [0,1] and label (S,S) int64 of a sample; always the same for the same ``index``."""
-        random = np.random.default_rng([self._seed, index, 1])  # [seed, number] draws the batches
-        case, cut = self.exemplars[random.integers(len(self.exemplars))]
-        other, onto = self.backgrounds[random.integers(len(self.backgrounds))]
+        (case, cut), (other, onto), random = self._sources(index)
         return synthesize(case.pair(cut), other.pair(onto), self._ranges, random)
+
+    def unknown_on(self, index: int) -> tuple[int, ...]:
+        """Classes that the background of a sample may be: those of the slice that it is made on."""
+        _, (case, onto), _ = self._sources(index)
+        return case.unknown_on(onto)
+
+    def _sources(self, index: int) -> tuple[Source, Source, np.random.Generator]:
+        """Exemplar and background of a sample, and what draws the rest."""
+        random = np.random.default_rng([self._seed, index, 1])  # [seed, number] draws the batches
+        exemplar = self.exemplars[random.integers(len(self.exemplars))]
+        background = self.backgrounds[random.integers(len(self.backgrounds))]
+        return exemplar, background, random
 
     def _digest(self) -> str:
         used = [
