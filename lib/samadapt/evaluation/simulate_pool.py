@@ -1,0 +1,81 @@
+"""What a simulation measures (strategies by name) and what it tells them: the link to ``samadapt.activelearning``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from samadapt.activelearning.strategy import Candidate, Strategy
+from samadapt.data.cases import Case
+from samadapt.data.slice_cache import SliceCache
+from samadapt.evaluation.epistemic import Epistemic
+from samadapt.model import AdaptedModel
+
+
+def names() -> list[str]:
+    """Every strategy that can be measured: the app's, and MONAI Label's own."""
+    from samadapt.activelearning.registry import NAMES
+
+    return [*NAMES, Epistemic.name]
+
+
+def strategy(name: str, entropy: Callable[[str], float] | None) -> Strategy:
+    """The strategy of that name.
+
+    Args:
+        name: one of ``names()``.
+        entropy: see ``Epistemic``.
+    """
+    from samadapt.activelearning import registry
+
+    return Epistemic(entropy) if name == Epistemic.name else registry.strategy(name)
+
+
+class Lookout:
+    """Finds out about cases what a strategy reads, and keeps it for later rounds.
+
+    Args:
+        folder: where that is kept.
+        plain: the model before it learned anything; describes images.
+        cache: of embeddings.
+    """
+
+    def __init__(self, folder: Path, plain: AdaptedModel, cache: SliceCache) -> None:
+        from samadapt.activelearning.survey import Survey
+
+        self._survey = Survey(folder)
+        self._plain = plain
+        self._cache = cache
+
+    def look(
+        self,
+        case: Case,
+        needs: frozenset[str],
+        model: AdaptedModel | None,
+        version: str | None,
+        earlier: Sequence[AdaptedModel],
+        truth: np.ndarray | None,
+    ) -> Candidate:
+        """What is known of one case.
+
+        Args:
+            case: the case.
+            needs: names of ``Candidate``'s fields.
+            model: in service; None before the first one.
+            version: names it; another model has another name.
+            earlier: those before it, the latest first.
+            truth: uint8 (I,J,K), the label of a labelled case, else None.
+        """
+        return self._survey.look(
+            case.id,
+            case.image,
+            needs,
+            model=model,
+            version=version,
+            plain=self._plain,
+            earlier=earlier,
+            cache=self._cache,
+            label=truth,
+        )
