@@ -1,4 +1,4 @@
-"""``samadapt simulate``: which strategy makes the most of an annotator's time, played from labels that are all there."""
+"""``samadapt simulate``: which strategy makes the most of an annotator's time, played from known labels."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class Lookout:
     def __init__(self, folder: Path, plain: AdaptedModel, cache: SliceCache) -> None:
         from samadapt.activelearning.survey import Survey
 
-        self._survey = Survey(folder)
+        # Descriptors of different backbones, or of other inputs, do not fit together.
+        self._survey = Survey(folder / f"{plain.info.backbone}-{plain.info.context}")
         self._plain = plain
         self._cache = cache
 
@@ -65,7 +66,7 @@ class Lookout:
             needs: names of ``Candidate``'s fields.
             model: in service; None before the first one.
             version: names it; another model has another name.
-            earlier: those before it, the latest first.
+            earlier: those before it, the latest last.
             truth: uint8 (I,J,K), the label of a labelled case, else None.
         """
         return self._survey.look(

@@ -1,4 +1,4 @@
-"""What a simulation shows people: ``report.html``, one file without anything outside it, ``rounds.csv``, ``curves.png``.
+"""What a simulation shows people: ``report.html``, one file that needs nothing else, ``rounds.csv``, ``curves.png``.
 
 All are made from the results file, the images and the labels.
 """
@@ -186,8 +186,8 @@ def _rows(recipe: str, runs: Sequence[Record], areas: Mapping[str, Mapping[str, 
                 sorted(run["settings"]["seed"] for run in own),
                 {budget: estimate(by_arm[name].values()) for budget, by_arm in areas.items()},
                 estimate(_float(done["dice"]) for done in last),
-                *(float(np.mean([done[key] for done in last])) for key in ("slices", "volumes", "clicks")),
-                minutes=float(np.mean([done["seconds"] for done in last])) / 60,
+                **{key: _mean(last, key) for key in ("slices", "volumes", "clicks")},
+                minutes=_mean(last, "seconds") / 60,
             )
         )
     return sorted(rows, key=lambda row: -_sortable(row.areas[DECIDING].mean))
@@ -334,6 +334,10 @@ def _spent(run: Record, budget: str) -> list[float]:
 
 def _dice(run: Record) -> list[float]:
     return [_float(done["dice"]) for done in run["rounds"]]
+
+
+def _mean(rounds: Sequence[Record], key: str) -> float:
+    return float(np.mean([done[key] for done in rounds]))
 
 
 def _float(value: float | None) -> float:

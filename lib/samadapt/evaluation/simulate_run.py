@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from samadapt import recipes
-from samadapt.activelearning.strategy import Pool, Proposal
+from samadapt.activelearning.strategy import Candidate, Pool, Proposal
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
 from samadapt.data.geometry import Geometry, turn_to_lps
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
-from samadapt.data.volume import Volume, read_volume
+from samadapt.data.volume import read_volume
 from samadapt.data.window import Window
 from samadapt.errors import StateError
 from samadapt.evaluation import simulate_pool
@@ -240,14 +240,16 @@ class _Run:
         unlabelled = [case for case in self._pool.values() if case.id not in self._labelled]
         if not unlabelled:
             return []
-        trained = [model for model in reversed(self._models) if model.info.trained]
-        model = trained[0] if trained else None
+        trained = [model for model in self._models if model.info.trained]
+        model = trained[-1] if trained else None
         strategy = simulate_pool.strategy(self._job.strategy, self._entropy(model))
         version = f"{self._folder.name}-{number}" if model else None
 
-        def look(case: Case) -> Any:
+        def look(case: Case) -> Candidate:
+            if not strategy.needs:
+                return Candidate(case.id)
             truth = read_case(case, self._labels)[1] if case.id in self._labelled else None
-            return self._lookout.look(case, strategy.needs, model, version, trained[1:], truth)
+            return self._lookout.look(case, strategy.needs, model, version, trained[:-1], truth)
 
         labelled = [look(self._pool[name]) for name in self._labelled]
         seed = 1000 * self._job.seed + number

@@ -75,7 +75,9 @@ class NestedSplit:
 
 
 def nested_split(cases: Sequence[Case], testing: int, seed: int = SEED) -> NestedSplit:
-    """Draw ``testing`` cases by ``seed``, patient by patient; what is left of the last of these patients is used nowhere.
+    """Draw ``testing`` cases, patient by patient; what is left of the last of these patients is used nowhere.
+
+    Another ``seed`` draws others.
 
     Raises:
         InputError: there are not more labelled cases, or not more patients, than are tested on.
