@@ -21,7 +21,7 @@ def simulate(
     studies: Studies,
     strategies: Annotated[
         str, typer.Option(help="Ways to choose the next case; epistemic is MONAI Label's own, as a rival.")
-    ] = "random,epistemic",
+    ] = "auto,random,random_fg,epistemic",
     recipes: Annotated[
         str, typer.Option(help="Recipes; those on the frozen encoder (autosam_...) train from cached embeddings.")
     ] = "autosam_cnn",

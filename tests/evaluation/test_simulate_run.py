@@ -246,7 +246,7 @@ def test_suggested_slices_come_first_then_evenly_spread_ones(named, count, wante
     assert suggested(Proposal("case", 1.0, "why", named), 10, count) == wanted
 
 
-@pytest.mark.parametrize("affine", [np.diag([-1.0, -1, 3, 1]), np.diag([1.0, 1, -3, 1]), np.eye(4)[[2, 0, 1, 3]] * 2])
+@pytest.mark.parametrize("affine", [np.diag([-1.0, -1, 3, 1]), np.diag([1.0, 1, -3, 1]), np.eye(4)[[2, 0, 1, 3]]])
 def test_a_slice_of_the_stored_image_is_found_among_the_models(affine):
     shape = (5, 6, 7)
     geometry = Geometry(shape, affine)
@@ -255,7 +255,7 @@ def test_a_slice_of_the_stored_image_is_found_among_the_models(affine):
         np.arange(shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(3)]), shape
     )
     volume = Volume(array[None].copy(), geometry, "MR", None)
-    view = ModelView(volume, PER_CASE, 0, 64)
+    view = ModelView(volume, PER_CASE, 0, 64, axis)
     turned = view.turn.forward(volume.array[0])
     for index in range(shape[axis]):
         assert (take_slice(turned, view.axis, turned_index(geometry, index)) == index).all()

@@ -67,7 +67,8 @@ def mean_entropy(model: AdaptedModel, volume: Volume, seed: int, cache: SliceCac
         seed: of the dropout.
         cache: where embeddings are looked up and kept.
     """
-    view = ModelView(volume, model.info.window, model.info.context, model.info.image_size)
+    info, axis = model.info, volume.geometry.acquisition_axis
+    view = ModelView(volume, info.window, info.context, info.image_size, axis)
     encoder = SliceEncoder(model, cache)
     generator = torch.Generator().manual_seed(seed)
     total = 0.0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from samadapt.activelearning import registry
 from samadapt.activelearning.strategy import Candidate, Strategy
+from samadapt.activelearning.survey import Survey
 from samadapt.data.cases import Case
 from samadapt.data.slice_cache import SliceCache
 from samadapt.evaluation.epistemic import Epistemic
@@ -16,9 +18,7 @@ from samadapt.model import AdaptedModel
 
 def names() -> list[str]:
     """Every strategy that can be measured: the app's, and MONAI Label's own."""
-    from samadapt.activelearning.registry import NAMES
-
-    return [*NAMES, Epistemic.name]
+    return [*registry.NAMES, Epistemic.name]
 
 
 def strategy(name: str, entropy: Callable[[str], float] | None) -> Strategy:
@@ -28,8 +28,6 @@ def strategy(name: str, entropy: Callable[[str], float] | None) -> Strategy:
         name: one of ``names()``.
         entropy: see ``Epistemic``.
     """
-    from samadapt.activelearning import registry
-
     return Epistemic(entropy) if name == Epistemic.name else registry.strategy(name)
 
 
@@ -43,8 +41,6 @@ class Lookout:
     """
 
     def __init__(self, folder: Path, plain: AdaptedModel, cache: SliceCache) -> None:
-        from samadapt.activelearning.survey import Survey
-
         # Descriptors of different backbones, or of other inputs, do not fit together.
         self._survey = Survey(folder / f"{plain.info.backbone}-{plain.info.context}")
         self._plain = plain

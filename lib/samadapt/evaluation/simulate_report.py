@@ -296,7 +296,7 @@ def _thumbnail(case: Case, labels: LabelMap, slices: Sequence[int]) -> np.ndarra
     """(H,W,3) in 0..1: of ``slices`` (none: all) the one that shows most of the true label, upright, label over it."""
     volume, truth, _ = read_case(case, labels)
     turn = turn_to_lps(volume.geometry)
-    axis = turn.turned.acquisition_axis
+    axis = int(turn.steps[volume.geometry.acquisition_axis][0])
     upright = turn.forward(truth)
     areas = np.moveaxis(upright > 0, axis, 0).sum(axis=(1, 2))
     places = [turned_index(volume.geometry, index) for index in slices] or range(len(areas))
