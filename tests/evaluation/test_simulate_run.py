@@ -1,6 +1,5 @@
 """One run of a simulation: what is chosen, learned from, measured, and how it goes on after a kill."""
 
-import json
 import re
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from samadapt.data.window import PER_CASE
 from samadapt.errors import StateError
 from samadapt.evaluation import simulate_pool, simulate_run
 from samadapt.evaluation.label_efficiency import area_under_budget_curve
-from samadapt.evaluation.simulate_run import Job, Protocol, execute, suggested, turned_index
+from samadapt.evaluation.simulate_run import Job, Protocol, execute, finished, suggested, turned_index
 from tiny import write_studies
 
 pytestmark = pytest.mark.usefixtures("tiny_backbone")
@@ -166,7 +165,7 @@ def test_a_kill_between_rounds_changes_nothing(play, monkeypatch, tmp_path):
     monkeypatch.setattr(simulate_run._Run, "_train", killed)
     with pytest.raises(KeyboardInterrupt):
         play("parted", strategy="oracle")
-    assert len(json.loads((tmp_path / "parted" / "rounds.json").read_text())) == 2
+    assert len(finished(tmp_path / "parted")["rounds"]) == 2
     monkeypatch.setattr(simulate_run._Run, "_train", real)
     assert without_times(play("parted", strategy="oracle")) == without_times(whole)
 
@@ -175,6 +174,11 @@ def test_finished_rounds_are_not_played_again(play, monkeypatch):
     rounds = play()
     monkeypatch.setattr(simulate_run._Run, "_choose", None)
     assert play() == rounds
+
+
+def test_rounds_of_another_job_are_not_gone_on_with(play):
+    play(strategy="worst", rounds=2)
+    assert [done["chosen"][0]["id"] for done in play(strategy="oracle", rounds=2)] == ["case_3", "case_4"]
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not(play):

@@ -6,7 +6,6 @@ of its own; one that was stopped goes on after its last finished round, and a la
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from samadapt.evaluation import simulate_pool, simulate_report
 from samadapt.evaluation.apart import run_job
 from samadapt.evaluation.metrics import mean
 from samadapt.evaluation.records import Records
-from samadapt.evaluation.simulate_run import ANNOTATORS, ROUNDS, SCATTERED, UNITS, Job, Protocol
+from samadapt.evaluation.simulate_run import ANNOTATORS, SCATTERED, UNITS, Job, Protocol, finished
 from samadapt.evaluation.split import NestedSplit, nested_split
 from samadapt.training.run import Plan, make_plan
 
@@ -160,7 +159,7 @@ def in_own_process(job: Job, folder: Path, tell: Callable[[float], None]) -> dic
 
     def watch() -> None:
         nonlocal told
-        done = len(json.loads((folder / ROUNDS).read_text(encoding="utf-8"))) if (folder / ROUNDS).is_file() else 0
+        done = len(finished(folder)["rounds"])
         if done > told:
             told = done
             tell(done / job.protocol.rounds)

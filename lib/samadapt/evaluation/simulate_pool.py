@@ -10,6 +10,7 @@ import numpy as np
 from samadapt.activelearning import registry
 from samadapt.activelearning.strategy import Candidate, Strategy
 from samadapt.activelearning.survey import Survey
+from samadapt.activelearning.uncertainty import Revisit
 from samadapt.data.cases import Case
 from samadapt.data.slice_cache import SliceCache
 from samadapt.evaluation.epistemic import Epistemic
@@ -17,8 +18,8 @@ from samadapt.model import AdaptedModel
 
 
 def names() -> list[str]:
-    """Every strategy that can be measured: the app's, and MONAI Label's own."""
-    return [*registry.NAMES, Epistemic.name]
+    """Every strategy that can be measured: the app's but for the one that looks for wrong labels, and MONAI Label's."""
+    return [*(name for name in registry.NAMES if name != Revisit.name), Epistemic.name]
 
 
 def strategy(name: str, entropy: Callable[[str], float] | None) -> Strategy:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -201,13 +201,13 @@ class _Run:
                 scores = self._score()
             totals = _added(rounds[-1] if rounds else {}, spent)
             rounds.append(plain({"chosen": [vars(one) for one in chosen], **totals, **scores, "compute": compute}))
-            write_json(self._folder / ROUNDS, rounds)
+            write_json(self._folder / ROUNDS, {"job": _as_json(self._job), "rounds": rounds})
         return rounds
 
     def _resume(self) -> list[dict[str, Any]]:
-        """The rounds that an earlier process finished, their labels and their last models."""
-        path = self._folder / ROUNDS
-        rounds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        """The rounds that an earlier process finished of the same job, their labels and their last models."""
+        record = finished(self._folder)
+        rounds = record["rounds"] if record.get("job") == _as_json(self._job) else []
         for record in rounds:
             self._mark(Chosen(**chosen) for chosen in record["chosen"])
         for number in range(len(rounds))[-1 - EARLIER :]:
@@ -327,7 +327,9 @@ class _Run:
     def _annotator(self) -> Annotator:
         if self._job.protocol.annotator == FULL:
             return FullAnnotator(self._labels)
-        return RobotAnnotator(self._labels, self._plain, self._cache)
+        config = self._config
+        answering = recipes.build(recipes.PLAIN, self._labels, config.backbone, config.weights).to(self._device)
+        return RobotAnnotator(self._labels, answering, self._cache)
 
     # ---- learning and measuring
 
@@ -391,6 +393,16 @@ class _Run:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"model-{number}.safetensors"
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """Of a run's folder: ``job`` and the ``rounds`` that are finished; no rounds where nothing is kept."""
+    path = folder / ROUNDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rounds": []}
+
+
+def _as_json(job: Job) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(job)))
 
 
 def suggested(proposal: Proposal, slices: int, count: int) -> list[int]:
