@@ -780,3 +780,6 @@ def _to_evaluate(cases: Sequence[Case], model: AdaptedModel, *, every: bool) -> 
             remedy="Label another case, or use --all (figures on training cases flatter).",
         )
     return chosen
+
+
+from samadapt import cli_simulate as cli_simulate  # noqa: E402  its command; it reads what stands above

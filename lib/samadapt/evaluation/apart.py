@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from samadapt.errors import SamAdaptError
+from samadapt.files import write_json
+from samadapt.memory import keep_freed_memory
+from samadapt.terminal import plain
+
+JOB, RESULT, LOG = "job.json", "result.json", "log.txt"
+LIBRARY = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.2
 
 
@@ -64,6 +75,50 @@ def run_apart(
         if process.returncode is None:
             process.kill()
             process.wait()
+
+
+def run_job(module: str, job: Mapping[str, Any], folder: Path, watch: Callable[[], object]) -> dict[str, Any]:
+    """Do a job by ``python -m MODULE FOLDER``, a program that calls ``job_main``.
+
+    Args:
+        module: name of the program.
+        job: JSON; what it is to do.
+        folder: exists; gets the job, the result and the log.
+        watch: called several times a second.
+
+    Returns:
+        Its result, with ``peak_gib`` (largest resident size) and ``wall_seconds``; ``{"failed": why}`` instead of the
+        result where there is none.
+    """
+    write_json(folder / JOB, job)
+    (folder / RESULT).unlink(missing_ok=True)
+    paths = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = run_apart([sys.executable, "-m", module, str(folder)], folder / LOG, watch, environment)
+    if (folder / RESULT).is_file():
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    else:
+        result = {"failed": f"{ended.reason}; {folder / LOG} has more"}
+    return {**result, "peak_gib": round(ended.peak_gib, 3), "wall_seconds": round(ended.seconds, 1)}
+
+
+def job_main(folder: Path, execute: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Do the job of ``run_job`` in its process; the exit status.
+
+    Args:
+        folder: as ``run_job`` has it.
+        execute: the job -> the result. What it raises is the reason why there is none.
+    """
+    keep_freed_memory()
+    try:
+        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        write_json(folder / RESULT, plain(execute(job)))
+    except Exception as error:
+        traceback.print_exc()
+        why = str(error) if isinstance(error, SamAdaptError) else f"{type(error).__name__}: {error}"
+        write_json(folder / RESULT, {"failed": why})
+        return 1
+    return 0
 
 
 def _peak_gib(pid: int) -> float | None:

@@ -8,13 +8,9 @@ kept at once; a later call does what is missing, and what had failed.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +20,16 @@ from samadapt.data.cases import find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.errors import ConfigError
 from samadapt.evaluation import compare_report
-from samadapt.evaluation.apart import run_apart
-from samadapt.evaluation.compare_run import JOB, RESULT, UNETS, Job, run_folder
+from samadapt.evaluation.apart import run_job
+from samadapt.evaluation.compare_run import UNETS, Job, run_folder
 from samadapt.evaluation.metrics import mean
 from samadapt.evaluation.records import Records
 from samadapt.evaluation.split import NestedSplit, nested_split
-from samadapt.files import write_json
 from samadapt.project import Project
 from samadapt.training.loop import ROUNDS
 
 PROGRAM = "samadapt"
 RESULTS = "results.json"
-PACKAGES = ("torch", "monai", "peft", "segment-anything", "numpy", "scipy")
-"""Whose versions stand in the report."""
-
-LIBRARY = Path(__file__).resolve().parents[2]
 
 Progress = Callable[[str, float, int], None]
 """Called with (what is done, runs done, runs in all); the second is a fraction within a run."""
@@ -126,7 +117,7 @@ def compare(
     split = nested_split(find_cases(comparison.studies), comparison.testing)
     jobs = comparison.jobs(split)
     records = Records(output / RESULTS, PROGRAM)
-    _claim(records, comparison, split, output)
+    _claim(records, comparison, split)
     try:
         _measure(jobs, records, output, progress, execute or in_own_process)
     finally:
@@ -156,21 +147,13 @@ def _measure(jobs: Mapping[str, Job], records: Records, output: Path, progress: 
 
 def in_own_process(job: Job, folder: Path, tell: Callable[[float], None]) -> dict[str, Any]:
     """Do one job in a process of its own; its result, with peak memory and time, or ``{"failed": why}``."""
-    write_json(folder / JOB, asdict(job))
     project = Project(folder)
 
     def watch() -> None:
         status = project.status()
         tell(0.9 * float(status.get("epoch", 0)) / ROUNDS)
 
-    paths = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    words = [sys.executable, "-m", "samadapt.evaluation.compare_run", str(folder)]
-    ended = run_apart(words, folder / "log.txt", watch, environment)
-    result = _read_result(folder / RESULT)
-    if result is None:
-        result = {"failed": f"{ended.reason}; {folder / 'log.txt'} has more"}
-    return {**result, "peak_gib": round(ended.peak_gib, 3), "wall_seconds": round(ended.seconds, 1)}
+    return run_job("samadapt.evaluation.compare_run", asdict(job), folder, watch)
 
 
 def describe(job: Job) -> str:
@@ -182,7 +165,7 @@ def _identity(job: Job) -> dict[str, Any]:
     return {"recipe": job.recipe, "labelled": len(job.training), "seed": job.seed}
 
 
-def _claim(records: Records, comparison: Comparison, split: NestedSplit, output: Path) -> None:
+def _claim(records: Records, comparison: Comparison, split: NestedSplit) -> None:
     """Note what the folder's results share, or refuse a folder whose results share something else.
 
     Raises:
@@ -195,17 +178,7 @@ def _claim(records: Records, comparison: Comparison, split: NestedSplit, output:
         "test cases": [case.id for case in split.testing],
         "other labelled cases": [case.id for case in split.available],
     }
-    before = records.value.get("comparison")
-    if before is None and records.value["results"]:
-        raise ConfigError("the folder holds results of something else", where=output, remedy="Name another --output.")
-    if before is not None and (other := [name for name, value in shared.items() if before.get(name) != value]):
-        raise ConfigError(
-            f"the folder holds a comparison with other {' and other '.join(other)}",
-            where=output,
-            remedy="Name another --output, or repeat the command that began this one.",
-        )
-    records.value["comparison"] = shared
-    records.value["versions"] = {name: metadata.version(name) for name in PACKAGES}
+    records.claim("comparison", shared)
 
 
 def _time_left(records: Records, jobs: Mapping[str, Job], runs: int) -> str:
@@ -215,7 +188,3 @@ def _time_left(records: Records, jobs: Mapping[str, Job], runs: int) -> str:
     minutes = max(1, round(seconds / 60))
     about = "about" if known else "at least"
     return f"{about} {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{about} {minutes} min"
-
-
-def _read_result(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

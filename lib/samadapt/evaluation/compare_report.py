@@ -5,9 +5,7 @@ Both are made from the results file, the kept masks and the images.
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,18 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from PIL import Image
 
 from samadapt.data.cases import find_cases
 from samadapt.data.labels import LabelMap
+from samadapt.evaluation import page
 from samadapt.evaluation.compare_run import MASKS, run_folder
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.metrics import mean
@@ -37,9 +32,6 @@ from samadapt.terminal import figure as number
 from samadapt.training.loop import ROUNDS
 
 PAGE, SHEET = "report.html", "results.csv"
-
-PICTURE_SIDE = 200
-"""Longer side of a picture of a slice, pixels."""
 
 DICE_RANGE = (-0.02, 1.02)
 """Of an axis; a little more than 0 to 1, so that points at the ends are seen whole."""
@@ -143,14 +135,14 @@ def write(value: Mapping[str, Any], output: Path) -> Report:
     ]
     labels = LabelMap(tuple(value["comparison"]["labels"]))
     rows = summarise(finished, labels)
-    sheet, page = output / SHEET, output / PAGE
+    sheet, report = output / SHEET, output / PAGE
     with atomic_path(sheet) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
         writer.writerows(_sheet_rows(finished))
-    with atomic_path(page) as temporary:
+    with atomic_path(report) as temporary:
         temporary.write_text(_page(value, finished, failed, rows, labels, output), encoding="utf-8")
-    return Report(page, sheet, rows, failed)
+    return Report(report, sheet, rows, failed)
 
 
 def summarise(finished: Sequence[Record], labels: LabelMap) -> list[Row]:
@@ -216,19 +208,11 @@ def _page(
     labels: LabelMap,
     output: Path,
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("samadapt.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": _interval, "count": "{:,}".format}
     comparison = value["comparison"]
     # Names may hold what matplotlib would take for formulas; those of classes and cases stand in the HTML only.
     with matplotlib.rc_context({"text.parse_math": False}):
         charts = [_dice_chart(rows), *_learning_curves(finished)] if finished else []
-    return environment.get_template("compare.html").render(
+    return page.template("compare.html").render(
         comparison=comparison,
         labels=[(name, to_hex(colour(index))) for index, name in enumerate(labels.names, start=1)],
         rows=rows,
@@ -241,12 +225,6 @@ def _page(
         versions=value.get("versions", {}),
         commands=list(dict.fromkeys(record["command"] for record in value["results"].values())),
     )
-
-
-def _interval(found: Estimate, digits: int = 3) -> str:
-    if math.isnan(found.low):
-        return number(found.mean, digits)
-    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def _training_sets(finished: Sequence[Record]) -> list[dict[str, Any]]:
@@ -269,14 +247,18 @@ def _dice_chart(rows: Sequence[Row]) -> dict[str, str]:
         means = np.array([row.scores.dice.mean for row in own])
         spread = np.array([[_reach(row.scores.dice, end) for row in own] for end in ("low", "high")])
         places = [counts.index(row.labelled) + shift for row in own]
-        axis.errorbar(places, means, spread, label=name, marker="o", capsize=3, **_style(position))
+        axis.errorbar(places, means, spread, label=name, marker="o", capsize=3, **page.line_style(position))
     axis.set(xlabel="labelled cases", ylabel="mean Dice on the test cases", ylim=DICE_RANGE)
     axis.set_xticks(range(len(counts)), list(map(str, counts)))
     axis.set_xlim(-0.5, len(counts) - 0.5)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     title = "Dice against the number of labelled cases"
-    return {"title": title, "about": "Bars: 95 % confidence interval over the test cases.", "uri": _chart_uri(chart)}
+    return {
+        "title": title,
+        "about": "Bars: 95 % confidence interval over the test cases.",
+        "uri": page.chart_uri(chart),
+    }
 
 
 def _reach(found: Estimate, end: str) -> float:
@@ -305,7 +287,7 @@ def _learning_curves(finished: Sequence[Record]) -> Iterator[dict[str, str]]:
         yield {
             "title": f"Learning curves, {count} labelled case{'s' if count > 1 else ''}",
             "about": about,
-            "uri": _chart_uri(chart),
+            "uri": page.chart_uri(chart),
         }
 
 
@@ -318,7 +300,7 @@ def _plot_rounds(axis: Axes, runs: Sequence[Record], names: Sequence[str], read:
         shares, values = np.reshape([point for point in points if not math.isnan(point[1])], (-1, 2)).T
         label = None if name in labelled else name
         labelled.add(name)
-        axis.plot(shares, values, label=label, marker=".", **_style(names.index(name)))
+        axis.plot(shares, values, label=label, marker=".", **page.line_style(names.index(name)))
     axis.set(xlabel="share of the training", xlim=(0, 1))
     axis.grid(alpha=0.3)
 
@@ -350,7 +332,7 @@ def _overlays(finished: Sequence[Record], labels: LabelMap, studies: str, output
             dice = mean(_float(pair["dice"]) for pair in run["cases"][case].values())
             captions.append(f"{run['settings']['recipe']}: {number(dice, 2)}")
         pictures = [image, *(blend(image, mask) for mask in masks)]
-        panels = [(text, _slice_uri(picture)) for text, picture in zip(captions, pictures, strict=True)]
+        panels = [(text, page.slice_uri(picture)) for text, picture in zip(captions, pictures, strict=True)]
         found.append(
             {"word": word, "case": case, "dice": means[case], "labelled": most, "seed": seed, "panels": panels}
         )
@@ -364,31 +346,6 @@ def _names(recipes: Iterable[str]) -> list[str]:
 def _height(least: float, names: Sequence[str]) -> float:
     """Inches, so that the legend has room."""
     return max(least, 0.18 * len(names) + 0.5)
-
-
-def _style(position: int) -> dict[str, Any]:
-    return {"color": colormaps["tab10"](position % 10), "linestyle": ("-", "--", ":", "-.")[position // 10 % 4]}
-
-
-def _chart_uri(chart: Figure) -> str:
-    FigureCanvasAgg(chart)  # no window system, whatever matplotlib is configured for
-    data = io.BytesIO()
-    chart.savefig(data, dpi=100, format="png")
-    return _data_uri(data)
-
-
-def _slice_uri(picture: np.ndarray) -> str:
-    """(H,W,3) in 0..1, as a PNG of one size for all slices."""
-    image = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
-    scale = PICTURE_SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    data = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS).save(data, format="png")
-    return _data_uri(data)
-
-
-def _data_uri(data: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def _float(value: float | None) -> float:

@@ -7,12 +7,10 @@ which says ``{"failed": why}`` where that was not possible.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,20 +25,17 @@ from samadapt.data.cases import Case, assume, find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import Volume, write_mask
 from samadapt.data.window import choose_window
-from samadapt.errors import SamAdaptError
+from samadapt.evaluation.apart import job_main
 from samadapt.evaluation.metrics import dice, hd95
 from samadapt.evaluation.unet import TrainedUNet, train_unet
-from samadapt.files import write_json
 from samadapt.inference.auto import segment
-from samadapt.memory import keep_freed_memory
 from samadapt.model import AdaptedModel
 from samadapt.project import Project
-from samadapt.terminal import plain
 from samadapt.training import train
 from samadapt.training.loop import ROUNDS
 from samadapt.training.slices import read_case
 
-JOB, RESULT, MASKS = "job.json", "result.json", "masks"
+MASKS = "masks"
 
 UNETS: dict[str, int | None] = {"unet_auto": None, "unet_2d": 2, "unet_3d": 3}
 """Networks of ``samadapt.evaluation.unet`` that stand beside the recipes, with their dimensions; None: by the data."""
@@ -238,17 +233,8 @@ class _UNetProgress:
 
 def main(arguments: Sequence[str]) -> int:
     """Do the job of one folder; the exit status."""
-    keep_freed_memory()
     folder = Path(arguments[0])
-    try:
-        job = Job(**json.loads((folder / JOB).read_text(encoding="utf-8")))
-        write_json(folder / RESULT, plain(execute(job, folder)))
-    except Exception as error:
-        traceback.print_exc()
-        why = str(error) if isinstance(error, SamAdaptError) else f"{type(error).__name__}: {error}"
-        write_json(folder / RESULT, {"failed": why})
-        return 1
-    return 0
+    return job_main(folder, lambda job: execute(Job(**job), folder))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import psutil
 import torch
 
 from samadapt import __version__
-from samadapt.errors import InputError
+from samadapt.errors import ConfigError, InputError
 from samadapt.files import write_json
+
+PACKAGES = ("torch", "monai", "peft", "segment-anything", "numpy", "scipy")
+"""Whose versions stand in the reports."""
 
 
 class Records:
@@ -57,6 +61,30 @@ class Records:
         record = self.get(key)
         same = record is not None and record["settings"] == settings and "failed" not in record
         return record if same else None
+
+    def claim(self, what: str, shared: Mapping[str, Any]) -> None:
+        """Note under ``what`` (say "comparison") what all results of the folder share, with the packages' versions.
+
+        Args:
+            what: one word for people.
+            shared: JSON.
+
+        Raises:
+            ConfigError: the results there share something else, or are of something else; the message names what.
+        """
+        before = self.value.get(what)
+        if before is None and self.value["results"]:
+            raise ConfigError(
+                "the folder holds results of something else", where=self._path.parent, remedy="Name another --output."
+            )
+        if before is not None and (other := [name for name, value in shared.items() if before.get(name) != value]):
+            raise ConfigError(
+                f"the folder holds a {what} with other {' and other '.join(other)}",
+                where=self._path.parent,
+                remedy="Name another --output, or repeat the command that began this one.",
+            )
+        self.value[what] = dict(shared)
+        self.value["versions"] = {name: metadata.version(name) for name in PACKAGES}
 
     def measure(self, key: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The kept result of ``key`` if it was measured with the same settings, else that of ``run()``.

@@ -74,14 +74,16 @@ class NestedSplit:
         return drawn[:count]
 
 
-def nested_split(cases: Sequence[Case], testing: int) -> NestedSplit:
+def nested_split(cases: Sequence[Case], testing: int, seed: int = SEED) -> NestedSplit:
     """Draw ``testing`` cases, patient by patient; what is left of the last of these patients is used nowhere.
+
+    Another ``seed`` draws others.
 
     Raises:
         InputError: there are not more labelled cases, or not more patients, than are tested on.
     """
     groups = _by_patient(cases)
-    order = [groups[patient] for patient in random.Random(SEED).sample(sorted(groups), len(groups))]
+    order = [groups[patient] for patient in random.Random(seed).sample(sorted(groups), len(groups))]
     drawn: list[Case] = []
     taken = 0
     while len(drawn) < testing and taken < len(order):

@@ -159,7 +159,12 @@ def few_slices(case: PreparedCase, count: int, seed: int) -> PreparedCase:
     if not shown:
         return case
     state = np.frombuffer(hashlib.sha256(f"{seed} {case.id}".encode()).digest(), np.uint32)
-    chosen = sorted(np.random.default_rng(state).permutation(shown)[:count].tolist())
+    return with_slices(case, np.random.default_rng(state).permutation(shown)[:count].tolist())
+
+
+def with_slices(case: PreparedCase, chosen: Iterable[int]) -> PreparedCase:
+    """The case, but a training draws from the slices ``chosen`` alone, whatever the others show."""
+    chosen = sorted(chosen)
     kept: dict[int, dict[int, int]] = {}
     for label, indices in case.slices_of.items():
         areas = dict(zip(indices, case.areas[label], strict=True))
