@@ -38,13 +38,13 @@ def list_versions(studies: Studies, as_json: Json = False) -> None:
                 item["recipe"] or "-",
                 f"{item['cases']} + {item['held_out']}",
                 _dice(item["dice"], item["measured"]),
-                item["reason"],
             ]
             for item in summaries
         ]
-        columns = ["version", "verdict", "finished", "recipe", "cases + held out", "Dice (95 % interval)", "why"]
+        columns = ["version", "verdict", "finished", "recipe", "cases + held out", "Dice (95 % interval)"]
         shown = table(f"Models of {studies}", columns, rows) if rows else "Nothing has been trained there yet."
-        out.result({"versions": summaries}, shown)
+        refused = [f"{item['version']}: {item['reason']}" for item in summaries if item["verdict"] == "refused"]
+        out.result({"versions": summaries}, shown, *refused)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import pytest
 
 from samadapt.config import AppConfig
 from samadapt.data.labels import LabelMap
-from samadapt.errors import ConfigError
+from samadapt.errors import ConfigError, InputError, NotFoundError, StateError
 from samadapt.project import Project
 from samadapt.server.train import TrainSamAdapt, _print_news
 
@@ -34,6 +34,34 @@ def test_a_request_may_name_a_recipe_for_one_training(task):
 def test_a_recipe_that_the_server_s_settings_do_not_fit_is_refused(task, recipe, part):
     with pytest.raises(ConfigError, match=part):
         task.check({"recipe": recipe}, LABELLED)
+
+
+def test_a_viewer_may_put_a_version_in_service_in_place_of_a_training(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("samadapt.versions._require_loadable", lambda version, config: None)
+    project = Project(tmp_path)
+    project.models.mkdir(parents=True)
+    for name in ("v0001", "v0002"):
+        (project.models / f"{name}.safetensors").write_bytes(b"")
+    project.publish(project.models / "v0002.safetensors")
+    assert task.config()["promote"] == ["none", "v0002", "v0001"]
+    nothing_labelled = SimpleNamespace(get_labeled_images=list)
+    done = task({"model": "samadapt", "promote": "v0001"}, nothing_labelled)
+    assert done["in_service"]
+    assert task.stats()["in_service"] == "v0001"
+    assert "v0001 is in service now, instead of v0002" in capsys.readouterr().out
+    with pytest.raises(StateError, match="set promote to none"):  # the option is still set in the viewer
+        task.check({"promote": "v0001"}, LABELLED)
+    with pytest.raises(NotFoundError, match=r"v0001, v0002"):
+        task.check({"promote": "v0003"}, LABELLED)
+    with pytest.raises(InputError, match="no version"):
+        task.check({"promote": "../v0002"}, LABELLED)
+    assert task.check({"promote": ["none", "v0002", "v0001"]}, LABELLED).max_steps  # the whole choice: to train
+
+
+def test_why_a_candidate_was_refused_is_shown(task, tmp_path):
+    reason = "not published, it is worse: held-out Dice 0.200, v0001 has 0.500"
+    Project(tmp_path).write_status(state="done", message=reason, refused=reason, started=1.0, seconds=2.0)
+    assert task.stats()["message"] == task.stats()["refused"] == reason
 
 
 def test_a_training_ends_when_its_server_is_gone(monkeypatch, capsys):

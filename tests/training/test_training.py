@@ -90,6 +90,31 @@ def test_one_patient_is_on_one_side(tmp_path):
     assert not {c.patient for c in training} & {c.patient for c in held_out}
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    rounds=st.lists(
+        st.dictionaries(st.sampled_from("abcdefghijkl"), st.none() | st.sampled_from("PQR"), max_size=12), max_size=5
+    )
+)
+def test_no_case_changes_sides_when_its_patient_becomes_known_or_unknown(tmp_path_factory, rounds):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.json"
+    roles = {}
+    for labelled in rounds:
+        cases = [Case(name, Path(name), patient=patient) for name, patient in labelled.items()]
+        training, held_out = Ledger(path).split(cases)
+        assert sorted(case.id for case in [*training, *held_out]) == sorted(labelled)
+        for role, members in (("train", training), ("held-out", held_out)):
+            for case in members:
+                assert roles.setdefault(case.id, role) == role
+
+
+def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(tmp_path):
+    path = tmp_path / "ledger.json"
+    Ledger(path).split([Case(name, Path("x")) for name in "abcd"])
+    later = [Case("d", Path("x"), patient="P"), Case("e", Path("x"), patient="P")]
+    assert [case.id for case in Ledger(path).split(later)[1]] == ["d", "e"]
+
+
 def test_a_damaged_ledger_is_refused_and_kept(tmp_path):
     path = tmp_path / "ledger.json"
     path.write_text('{"case a": "maybe"}')
