@@ -62,6 +62,7 @@ def test_help_is_light_and_names_every_command():
         "infer",
         "evaluate",
         "compare",
+        "simulate",
         "recipes",
         "doctor",
     ):

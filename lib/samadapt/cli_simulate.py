@@ -24,7 +24,7 @@ def simulate(
     ] = "auto,random,random_fg,epistemic",
     recipes: Annotated[
         str, typer.Option(help="Recipes; those on the frozen encoder (autosam_...) train from cached embeddings.")
-    ] = "autosam_cnn",
+    ] = "autosam_linear",
     labels: Annotated[
         str | None, typer.Option(help="Structures in order: a comma list, JSON, or a labels.json.")
     ] = None,
@@ -41,7 +41,7 @@ def simulate(
     slices: Annotated[int, typer.Option(min=1, max=1000, help="With slices: how many of one case.")] = 4,
     test: Annotated[int, typer.Option(min=1, help="Test cases, of other patients than the pool.")] = 10,
     pool: Annotated[int | None, typer.Option(min=1, help="Cases that may be labelled (default: all others).")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10**6, help="Optimiser steps of a training.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, max=10**6, help="Optimiser steps of a training.")] = 300,
     copies: Annotated[
         int, typer.Option(min=0, max=10**6, help="Augmented copies of a slice to learn from; 0 is the quickest.")
     ] = 0,

@@ -65,3 +65,13 @@ def test_too_few_cases_are_counted_in_the_message():
         nested_split(labelled([1] * 4), 4)
     with pytest.raises(InputError, match=r"2 labelled cases beside the 2 test cases .* where 3 are needed"):
         nested_split(labelled([1] * 4), 2).training(3, 0)
+
+
+def test_another_seed_draws_other_test_cases_and_the_same_the_same():
+    cases = labelled([2] * 8)
+    drawn = [[case.id for case in nested_split(cases, 4, seed).testing] for seed in range(6)]
+    assert len({tuple(ids) for ids in drawn}) > 1
+    assert drawn == [[case.id for case in nested_split(cases, 4, seed).testing] for seed in range(6)]
+    for seed in range(6):
+        split = nested_split(cases, 4, seed)
+        assert not {owner(case) for case in split.testing} & {owner(case) for case in split.available}
