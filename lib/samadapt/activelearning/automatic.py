@@ -28,7 +28,10 @@ class Auto(Strategy):
         examined = sum(case.examination is not None for case in pool.unlabelled)
         enough = min(EXAMINED, len(pool.unlabelled))
         if len(pool.labelled) >= LABELLED and examined >= enough:
-            return _because(f"By doubt, with {examined} cases examined", Claspe().rank(pool, count))
+            return _because(
+                f"By doubt, as the model has examined {examined} of {len(pool.unlabelled)} cases",
+                Claspe().rank(pool, count),
+            )
         if len(pool.labelled) < LABELLED:
             waits = f"{len(pool.labelled)} of {LABELLED} labels are there"
         else:

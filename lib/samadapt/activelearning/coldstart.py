@@ -130,9 +130,7 @@ class TypiClust(ByDescriptor):
         chosen = one_of_each(groups, _typicality(points, groups.of), np.ones(len(points)), labelled, count)
         sizes = np.bincount(groups.of)
         return [
-            Pick(
-                point - labelled, 1 / (1 + place), f"Typical of {_cases(int(sizes[groups.of[point]]))} that look alike."
-            )
+            Pick(point - labelled, 1 / (1 + place), _typical_reason(int(sizes[groups.of[point]])))
             for place, point in enumerate(chosen)
         ]
 
@@ -198,6 +196,10 @@ def _kinds(points: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
         if told_apart > best:
             best, kinds = told_apart, groups.of
     return kinds
+
+
+def _typical_reason(size: int) -> str:
+    return "No other case looks like it." if size == 1 else f"Typical of {size} cases that look alike."
 
 
 def _cover_reason(gain: int) -> str:
