@@ -25,7 +25,7 @@ PROTOCOL = Protocol(rounds=3, per_round=1, slices_per_case=2, steps=2, copies=0,
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setattr(simulate_pool, "names", lambda: ["random", "entropy", "auto"])
+    monkeypatch.setattr(simulate_pool, "names", lambda: ["auto", "random", "random_fg", "entropy", "epistemic"])
 
 
 @pytest.fixture
