@@ -44,7 +44,9 @@ class Outlook:
         self._datastore = datastore
         self._studies = project.root.parent
         self.leases = Leases(project.root / "leases.json", 60.0 * config.lease_minutes)
-        self._survey = Survey(project.root / "survey")
+        # Descriptors of different encoders do not fit together.
+        encoder = f"{config.backbone}-{config.image_size or 'auto'}"
+        self._survey = Survey(project.root / "survey" / encoder)
         self._lock = threading.Lock()
         self._needs = set(ALWAYS)
         self._unreadable: dict[str, str] = {}
