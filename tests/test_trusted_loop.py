@@ -36,7 +36,7 @@ POISONED = 6
 CONF = (
     ("auto_train", str(PER_ROUND)),
     ("recipe", "autosam_vit"),  # learns the head alone, so a round takes seconds
-    ("max_train_minutes", "0.35"),
+    ("max_train_minutes", "0.2"),
     ("image_size", "64"),
 )
 
@@ -164,13 +164,11 @@ def test_ten_rounds_that_nobody_looks_after(server, tmp_path, record_property):
 
 def look_again(client: MONAILabelClient, poisoned: list[str], folder: Path) -> None:
     """The strategy for label errors names the shuffled ones first; they are mended."""
-    deadline = time.monotonic() + 120
-    while True:  # the server looks at them while nobody waits
-        first = client.next_sample("revisit", {})
-        if first.get("id") in poisoned or time.monotonic() > deadline:
-            break
-        time.sleep(5)
-    found = [first["id"], *(client.next_sample("revisit", {})["id"] for _ in poisoned[1:])]
+    deadline = time.monotonic() + 240
+    while (ahead := client.info()["embedded_ahead"])["images_done"] < ahead["images"]:  # while nobody waits
+        assert time.monotonic() < deadline, ahead
+        time.sleep(2)
+    found = [client.next_sample("revisit", {})["id"] for _ in poisoned]
     assert len(set(found) & set(poisoned)) >= len(poisoned) - 1, (found, poisoned)
     for image in poisoned:
         submit(client, image, folder)
@@ -181,8 +179,8 @@ def test_rollback_brings_back_the_same_bytes(server, tmp_path):
     image = held_out(server)[0]
 
     def answer() -> tuple[bytes, str]:
-        path, params = client.infer("samadapt", image, params={"result_extension": ".nrrd", "result_compress": False})
-        return Path(path).read_bytes(), params["model_version"]
+        path, params = client.infer("samadapt", image, params={"result_extension": ".nii.gz"})
+        return np.asarray(nib.load(path).dataobj).tobytes(), params["model_version"]
 
     now, newest = answer()
     rolled = requests.post(f"{server.url}/samadapt/models/rollback", timeout=60)

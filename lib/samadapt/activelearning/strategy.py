@@ -19,7 +19,7 @@ class Candidate:
     Attributes:
         id: case id.
         descriptor: (D,) float32 of the frozen encoder, of unit length; None where it has not been computed.
-        slice_descriptors: (N,D) the same of single slices, for suggestions; NaN for all but some evenly spread ones; None
+        slice_descriptors: (N,D) the same of single slices, for suggestions; NaN for all but some, evenly spread; None
             where not computed.
         examination: of the model in service; None where it has not seen the case yet, or there is no model.
         variants: examinations of the same case by other versions or of altered images; empty where there are none.
