@@ -14,8 +14,16 @@ help: ## show this list
 demo: $(STAMP) ## play the loop on sample data; ARGS=--once stops the server afterwards
 	@$(RUN) samadapt demo $(ARGS)
 
-test: lint ## ruff, mypy and all tests; ARGS go to pytest
+# Tests that train for minutes on a real server have the machine to themselves; the others share it, a core each.
+test: lint ## ruff, mypy and all tests; with ARGS, which go to pytest, those that they choose
+ifeq ($(ARGS),)
+	@result=0; \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not e2e" -n 2 --dist worksteal || result=1; \
+	$(VENV)/bin/python -m pytest -m e2e || result=1; \
+	exit $$result
+else
 	$(VENV)/bin/python -m pytest $(ARGS)
+endif
 
 bench: $(STAMP) ## measure on real data in ../shared/data (long); ARGS are passed on
 	@$(RUN) samadapt.evaluation.bench $(ARGS)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from required import pytest_configure, pytest_runtest_makereport
 
 __all__ = ["pytest_configure", "pytest_runtest_makereport"]
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("samadapt", deadline=None)
+hypothesis.settings.load_profile("samadapt")
 
 
 @pytest.fixture

@@ -281,7 +281,9 @@ def test_held_out_cases_count_where_they_are_labelled(tmp_path, monkeypatch):
     found = np.asarray(nib.load(cases[0].label).dataobj).copy()
     scribble(found)
     found[found == 2] = 0
-    monkeypatch.setattr(gate, "segment", lambda *args, **words: found)
-    assert gate.mean_dice(model, cases, LABELS) == pytest.approx({"bright": 1.0, "dark": math.nan}, nan_ok=True)
+    sure = SimpleNamespace(overlap=np.ones(2))
+    monkeypatch.setattr(gate, "examine", lambda *args, **words: (found, sure))
+    scores, _ = gate.measure_cases(model, cases, LABELS)
+    assert scores[cases[0].id] == pytest.approx({"bright": 1.0, "dark": math.nan}, nan_ok=True)
     whole = [dataclasses.replace(case, coverage=type(case.coverage)()) for case in cases]
-    assert gate.mean_dice(model, whole, LABELS)["bright"] < 0.9
+    assert gate.measure_cases(model, whole, LABELS)[0][cases[0].id]["bright"] < 0.9
