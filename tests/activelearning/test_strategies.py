@@ -113,14 +113,14 @@ def test_an_unknown_name_lists_those_that_there_are():
     assert all(name in str(error.value) for name in NAMES)
 
 
-@pytest.mark.parametrize("name", set(NAMES) - {"random", "first", "last"})
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("random", "first", "last")])
 def test_who_knows_nothing_says_so(name):
     nothing = [Candidate("a"), Candidate("b")]
     for proposal in strategy(name).rank(Pool(nothing, nothing), 2):
         assert any(word in proposal.reason for word in ("not seen", "not been", "No model", "Nobody", "not looked"))
 
 
-@pytest.mark.parametrize(("name", "needed"), [(n, field) for n in NAMES for field in strategy(n).needs])
+@pytest.mark.parametrize(("name", "needed"), [(n, field) for n in NAMES for field in sorted(strategy(n).needs)])
 def test_needs_are_fields_of_a_candidate(name, needed):
     assert needed in Candidate.__dataclass_fields__
 
