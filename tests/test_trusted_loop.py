@@ -36,7 +36,7 @@ POISONED = 6
 CONF = (
     ("auto_train", str(PER_ROUND)),
     ("recipe", "autosam_vit"),  # learns the head alone, so a round takes seconds
-    ("max_train_minutes", "0.2"),
+    ("max_train_minutes", "0.3"),
     ("image_size", "64"),
 )
 
