@@ -169,11 +169,13 @@ def test_batches_with_synthetic_slices_depend_on_seed_and_number_alone(prepared)
 
 def test_samples_are_augmented_like_other_slices(prepared):
     bank = SyntheticSlices(prepared, seed=0)
-    drawn = synthetic(sampler(prepared, bank).draws(0))[0]
+    drawn = [draw for number in range(5) for draw in synthetic(sampler(prepared, bank).draws(number))]
     plain = synthetic(sampler(prepared, bank, copies=0).draws(0))[0]
     assert plain.copy is None
     assert torch.equal(sampler(prepared, bank).load(plain)[0], bank.pair(plain.index)[0])
-    assert not torch.equal(sampler(prepared, bank).load(drawn)[0], bank.pair(drawn.index)[0])
+    # Now and then an augmentation leaves a sample as it is.
+    as_they_are = [torch.equal(sampler(prepared, bank).load(draw)[0], bank.pair(draw.index)[0]) for draw in drawn]
+    assert sum(as_they_are) < len(as_they_are) / 2
 
 
 @pytest.mark.parametrize("layout", BACKBONES)
