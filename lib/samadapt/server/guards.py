@@ -21,11 +21,12 @@ from monailabel.endpoints import activelearning, datastore, infer, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.main import Main
-from monailabel.utils.async_tasks.utils import processes, tasks
+from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, versions
+from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
     from samadapt.server.train import TrainSamAdapt
@@ -123,7 +124,7 @@ def _train_one(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
     ) -> Any:
         _check_training(_require("trainer", model, app._trainers), params, app)
         # The host looks for a process, which a training that was asked for a moment ago has not got yet.
-        if not (run_sync or enqueue) and any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("train")):
+        if not (run_sync or enqueue) and asked_for():
             raise HTTPException(status_code=429, detail="A training is running already; wait for its end, or stop it.")
         return handler(model, params, run_sync, enqueue)
 

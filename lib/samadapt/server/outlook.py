@@ -65,17 +65,24 @@ class Outlook:
         """Gather what strategies need of one image. ``wait`` returns when the machine is free for it."""
         served = self._models.current()
         trained = served.version != PLAIN
+        version = served.version if trained else None
         case = self._labelled_case(image) if trained else None
+        needs = self._needs if case else self._needs - {"label_dice"}
+        path, label_file = Path(self._datastore().image_path(image)), case.label if case else None
+        if not self._survey.missing(image, path, version, needs, label_file):
+            return
+        volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
             image,
-            Path(self._datastore().image_path(image)),
-            self._needs,
+            path,
+            needs,
             plain=self._models.plain().model,
+            volume=volume,
             model=served.model if trained else None,
-            version=served.version if trained else None,
+            version=version,
             cache=self._models.cache,
-            label=read_case(case, served.model.info.labels)[1] if case else None,
-            label_file=case.label if case else None,
+            label=label,
+            label_file=label_file,
             progress=lambda done, total: wait(),
         )
 
@@ -89,7 +96,8 @@ class Outlook:
         """The next case for one annotator, and the lease of it; None if there is none for now.
 
         Returns:
-            ``id``, ``slices`` and ``reason`` of the proposal, ``strategy``, and ``skipped``: unreadable images.
+            ``id``, ``slices`` and ``reason`` of the proposal, ``chosen_by``: the strategy, and where there are any,
+            ``skipped``: unreadable images.
         """
         with self._lock:
             self._needs |= strategy.needs

@@ -149,9 +149,12 @@ def _wanted_version(request: Mapping[str, Any]) -> str | None:
 
 def is_under_way(project: Project) -> bool:
     """Whether a training runs, or has been asked for and will."""
-    return project.status().get("state") == "running" or any(
-        task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("train")
-    )
+    return project.status().get("state") == "running" or asked_for()
+
+
+def asked_for() -> bool:
+    """Whether the host has a training that has not ended; its process may not be there yet."""
+    return any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("train"))
 
 
 def _about_to_start(status: Mapping[str, Any]) -> bool:
