@@ -22,17 +22,10 @@ from samadapt.errors import ConfigError
 from samadapt.evaluation import compare_report
 from samadapt.evaluation.apart import run_job
 from samadapt.evaluation.compare_run import UNETS, Job, run_folder
-from samadapt.evaluation.metrics import mean
-from samadapt.evaluation.records import Records
+from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, in_words
 from samadapt.evaluation.split import NestedSplit, nested_split
 from samadapt.project import Project
 from samadapt.training.loop import ROUNDS
-
-PROGRAM = "samadapt"
-RESULTS = "results.json"
-
-Progress = Callable[[str, float, int], None]
-"""Called with (what is done, runs done, runs in all); the second is a fraction within a run."""
 
 Execute = Callable[[Job, Path, Callable[[float], None]], dict[str, Any]]
 """Does one job in a new folder, tells the share that is done (0..1), and returns the result or ``{"failed": why}``."""
@@ -183,8 +176,7 @@ def _claim(records: Records, comparison: Comparison, split: NestedSplit) -> None
 
 def _time_left(records: Records, jobs: Mapping[str, Job], runs: int) -> str:
     """An estimate by the runs that are done; before the first, by the time that training alone takes."""
-    known = [float(r["wall_seconds"]) for r in records.value["results"].values() if r.get("wall_seconds")]
-    seconds = runs * (mean(known) if known else next(iter(jobs.values())).seconds)
-    minutes = max(1, round(seconds / 60))
-    about = "about" if known else "at least"
-    return f"{about} {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{about} {minutes} min"
+    known = records.typical_seconds()
+    if known is None:
+        return f"at least {in_words(runs * next(iter(jobs.values())).seconds)}"
+    return f"about {in_words(runs * known)}"

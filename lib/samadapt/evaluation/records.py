@@ -18,10 +18,17 @@ import torch
 
 from samadapt import __version__
 from samadapt.errors import ConfigError, InputError
+from samadapt.evaluation.metrics import mean
 from samadapt.files import write_json
 
 PACKAGES = ("torch", "monai", "peft", "segment-anything", "numpy", "scipy")
 """Whose versions stand in the reports."""
+
+PROGRAM = "samadapt"
+RESULTS = "results.json"
+
+Progress = Callable[[str, float, int], None]
+"""Called with (what is done, runs done, runs in all); the second is a fraction within a run."""
 
 
 class Records:
@@ -55,6 +62,11 @@ class Records:
     def get(self, key: str) -> dict[str, Any] | None:
         """The result of a step, None where it was not measured."""
         return self.value["results"].get(key)
+
+    def typical_seconds(self) -> float | None:
+        """Mean wall-clock time of the runs that are done; None before the first."""
+        known = [float(one["wall_seconds"]) for one in self.value["results"].values() if one.get("wall_seconds")]
+        return mean(known) if known else None
 
     def kept(self, key: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The result of a step that was measured with the same settings and did not fail, else None."""
@@ -136,3 +148,9 @@ def _cpu_name() -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def in_words(seconds: float) -> str:
+    """A time to wait, in hours and minutes; a minute at least."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

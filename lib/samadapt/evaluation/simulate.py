@@ -19,17 +19,10 @@ from samadapt.data.labels import LabelMap
 from samadapt.errors import ConfigError
 from samadapt.evaluation import simulate_pool, simulate_report
 from samadapt.evaluation.apart import run_job
-from samadapt.evaluation.metrics import mean
-from samadapt.evaluation.records import Records
+from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, in_words
 from samadapt.evaluation.simulate_run import ANNOTATORS, SCATTERED, UNITS, Job, Protocol, finished
 from samadapt.evaluation.split import NestedSplit, nested_split
 from samadapt.training.run import Plan, make_plan
-
-PROGRAM = "samadapt"
-RESULTS = "results.json"
-
-Progress = Callable[[str, float, int], None]
-"""Called with (what is done, runs done, runs in all); the second is a fraction within a run."""
 
 Execute = Callable[[Job, Path, Callable[[float], None]], dict[str, Any]]
 """Plays one job in a folder, tells the share that is done (0..1), and returns the result or ``{"failed": why}``."""
@@ -224,11 +217,10 @@ def _time_left(records: Records, elapsed: float, share: float, runs: int) -> str
         share: 0..1, of its rounds that are done.
         runs: that are not done, this one among them.
     """
-    known = [float(r["wall_seconds"]) for r in records.value["results"].values() if r.get("wall_seconds")]
-    if not known and not share:
+    known = records.typical_seconds()
+    if known is None and not share:
         return "the first round tells how long it takes"
-    minutes = max(1, round((mean(known) if known else elapsed / share) * (runs - share) / 60))
-    return f"about {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"about {minutes} min left"
+    return f"about {in_words((elapsed / share if known is None else known) * (runs - share))} left"
 
 
 def _known(
