@@ -54,6 +54,8 @@ class Recipe:
         context: see ``ModelInfo.context``; colour images always keep their own channels.
         learning_rate: AdamW's peak rate for the adapter and the side network.
         head_learning_rate: AdamW's peak rate for the head that finds classes.
+        transformer_learning_rate: the same for that head's transformer where it starts as the base's: at the rate of
+            the new class tokens it forgets what it knew, and finds nothing for its first hundred steps.
         prompt_learning_rate: the same for the decoder of prompts, which starts out skilled.
         weight_decay: AdamW's, for matrices only (not for norms, biases and tokens).
         warmup: share of the training, 0..1, over which the rate rises from zero.
@@ -74,6 +76,7 @@ class Recipe:
     context: int = 1
     learning_rate: float = 2e-3
     head_learning_rate: float = 2e-3
+    transformer_learning_rate: float = 3e-4
     prompt_learning_rate: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.05

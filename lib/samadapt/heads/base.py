@@ -19,10 +19,12 @@ class Head(nn.Module):
     Attributes:
         prompts: what it answers: "none" (classes without any prompt), "points", "box", "text".
         reads_images: whether it takes the images (B,3,S,S) in place of embeddings, so that the encoder never runs.
+        pretrained: names of parameters of a transformer that starts as the base's; they learn at a rate of their own.
     """
 
     prompts: tuple[str, ...] = ("none",)
     reads_images = False
+    pretrained: frozenset[str] = frozenset()
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         """(B,256,g,g) -> (B,K+1,4g,4g) logits, background first. No click or box is used."""

@@ -66,6 +66,7 @@ class ClassDecoderHead(Head):
     def __init__(self, decoder: MaskDecoder, num_classes: int, seed: int = 0) -> None:
         super().__init__()
         self.classes = ClassDecoder(decoder, num_classes, seed).requires_grad_(True)
+        self.pretrained = frozenset(f"classes.transformer.{name}" for name, _ in decoder.transformer.named_parameters())
 
     def copied(self) -> set[str]:
         new = ("classes.class_tokens", "classes.hypernetworks.", "classes.first_token")

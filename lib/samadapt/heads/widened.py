@@ -47,6 +47,9 @@ class WidenedDecoder(Head):
         self.decoder.to(next(backbone.parameters()).device).load_state_dict({**own, **fitting})
         self.prompt_encoder = copy.deepcopy(backbone.prompt_encoder)
         self._dropped = dropped
+        self.pretrained = frozenset(
+            f"decoder.transformer.{name}" for name, _ in self.decoder.transformer.named_parameters()
+        )
 
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         decoder = self.decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,9 @@ class Trainer:
         self._tokens = TokenSource(model, self._sampler, cache)
         self._parameters = {name: p for name, p in model.trainable().items() if p.requires_grad}
         self._buffers = model.learned_buffers()
-        self._optimizer = torch.optim.AdamW(_groups(self._parameters, recipe), fused=True)
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(self._parameters, recipe, model.head.pretrained), fused=True
+        )
         self._device = next(model.parameters()).device
         self._started = 0.0
         self.progress = Progress()
@@ -272,12 +274,22 @@ def schedule(used: float, warmup: float) -> float:
     return max(0.5 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))), 0.01)
 
 
-def _groups(parameters: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them."""
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter], recipe: Recipe, pretrained: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups. Norms, biases and tokens are not decayed: zero is no natural value for them.
+
+    Args:
+        parameters: of a whole model, by name.
+        recipe: its rates and its weight decay.
+        pretrained: see ``Head.pretrained``.
+    """
     rates = {"head.prompted.": recipe.prompt_learning_rate, "head.": recipe.head_learning_rate}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), recipe.learning_rate)
+        if name.removeprefix("head.") in pretrained:
+            rate = recipe.transformer_learning_rate
         matrix = parameter.ndim >= 2 and "token" not in name
         groups.setdefault((rate, recipe.weight_decay if matrix else 0.0), []).append(parameter)
     return [
