@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
+from pydicom.valuerep import PersonName
 
 from samadapt import __version__
 from samadapt.data.dicom import SeriesGrid, functional_group
@@ -36,7 +39,15 @@ _ABNORMAL_TYPES = {
     "oedema": Code("79654002", "SCT", "Edema"),
     "necrosis": Code("6574001", "SCT", "Necrosis"),
 }
-_SYNONYMS = {"left ventricle": "heart left ventricle", "right ventricle": "heart right ventricle"}
+_ANATOMY_TYPES = {
+    "left ventricle": Code("87878005", "SCT", "Left ventricle"),
+    "right ventricle": Code("53085002", "SCT", "Right ventricle"),
+    "myocardium": Code("74281007", "SCT", "Myocardium"),
+    "left kidney": Code("18639004", "SCT", "Left kidney"),
+    "right kidney": Code("9846003", "SCT", "Right kidney"),
+    "left lung": Code("44029006", "SCT", "Left lung"),
+    "right lung": Code("3341006", "SCT", "Right lung"),
+}
 
 # Attributes that a SEG has to take over from its images; archives hold images that lack some of them.
 _TAKEN_OVER = {
@@ -61,7 +72,9 @@ def code_of(name: str) -> tuple[Code, Code]:
     plain = same_name(name)
     if plain in _ABNORMAL_TYPES:
         return ABNORMAL, _ABNORMAL_TYPES[plain]
-    keyword = "".join(word[:1].upper() + word[1:] for word in _SYNONYMS.get(plain, plain).replace("-", " ").split())
+    if plain in _ANATOMY_TYPES:
+        return ANATOMY, _ANATOMY_TYPES[plain]
+    keyword = "".join(word[:1].upper() + word[1:] for word in plain.replace("-", " ").split())
     found = getattr(codes.SCT, keyword, None) if keyword.isidentifier() else None
     if isinstance(found, Code):
         return ANATOMY, found
@@ -96,13 +109,20 @@ def write_seg(
     numbers[present] = np.arange(1, len(present) + 1)
     sources, order = _sources(grid, images)
     pixels = numbers[mask.transpose(2, 1, 0)][order]
+    with warnings.catch_warnings():  # about how archives write names and identifiers, which is not ours to change
+        warnings.simplefilter("ignore", UserWarning)
+        return _segmentation(pixels, sources, [values.get(int(v), f"label {v}") for v in present], creator)
+
+
+def _segmentation(
+    pixels: np.ndarray, sources: list[Dataset], names: list[str], creator: str | None
+) -> hd.seg.Segmentation:
+    """``pixels`` (frames, rows, columns) with segment n as value n; ``names[n - 1]`` is what it is called."""
     return hd.seg.Segmentation(
         source_images=sources,
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[
-            _description(n, values.get(int(value), f"label {value}")) for n, value in enumerate(present, start=1)
-        ],
+        segment_descriptions=[_description(n, name) for n, name in enumerate(names, start=1)],
         series_instance_uid=generate_uid(),
         series_number=300,
         sop_instance_uid=generate_uid(),
@@ -113,8 +133,13 @@ def write_seg(
         device_serial_number="0",
         series_description="samadapt label",
         content_label="SEGMENTATION",
-        content_creator_name=(creator or "").replace("^", " ").replace("\\", " ")[:64] or None,
+        content_creator_name=_person(creator),
     )
+
+
+def _person(name: str | None) -> PersonName | None:
+    plain = re.sub(r"[\^=\\\x00-\x1f]", " ", name or "").strip()[:60]
+    return PersonName(f"{plain}^") if plain else None
 
 
 def _sources(grid: SeriesGrid, images: Sequence[Dataset]) -> tuple[list[Dataset], np.ndarray]:
