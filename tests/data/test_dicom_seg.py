@@ -71,7 +71,7 @@ def test_an_independent_reader_finds_the_same_at_the_same_place(tmp_path, kind):
 
 
 def test_another_independent_reader_agrees(tmp_path):
-    grid, _, mask, seg = made(tmp_path)
+    _grid, _, mask, seg = made(tmp_path)
     result = pydicom_seg.SegmentReader().read(pydicom.dcmread(_saved(tmp_path, seg)))
     assert [result.segment_infos[n].SegmentLabel for n in (1, 2)] == ["left kidney", "something of ours"]
     for number, value in ((1, 2), (2, 5)):
@@ -108,7 +108,7 @@ def test_an_empty_mask_and_one_of_another_shape_are_refused(tmp_path):
 
 
 def test_a_seg_refers_to_its_images_and_patient(tmp_path):
-    grid, images, mask, seg = made(tmp_path)
+    grid, images, _mask, seg = made(tmp_path)
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == grid.series
     assert (seg.PatientID, seg.StudyInstanceUID) == (images[0].PatientID, images[0].StudyInstanceUID)
     place = {uid: k for k, (uid, _) in enumerate(grid.frames)}
@@ -126,14 +126,16 @@ def test_names_get_codes_that_others_know():
         "108369006",
     ]
     category, private = code_of("a name of our own " * 5)
-    assert private.scheme_designator == "99SAMADAPT" and len(private.value) <= 16 and len(private.meaning) <= 64
+    assert private.scheme_designator == "99SAMADAPT"
+    assert len(private.value) <= 16
+    assert len(private.meaning) <= 64
     assert code_of("Our  NAME")[1].value == code_of("our name")[1].value
     assert category.value == "123037004"
 
 
 def test_frames_are_placed_by_where_they_lie_not_by_their_order(tmp_path):
     """OHIF's own export runs the other way along z."""
-    grid, _, mask, seg = made(tmp_path)
+    grid, _, _mask, seg = made(tmp_path)
     expected = read_seg(seg, grid).mask
     seg = pydicom.dcmread(_saved(tmp_path, seg))
     pixels = seg.pixel_array[::-1]
@@ -144,7 +146,7 @@ def test_frames_are_placed_by_where_they_lie_not_by_their_order(tmp_path):
 
 def test_frames_of_another_orientation_are_placed_too(tmp_path):
     """The same plane with rows and columns exchanged, as programs write it that segment reformatted images."""
-    grid, _, mask, seg = made(tmp_path, "long pixels")
+    grid, _, _mask, seg = made(tmp_path, "long pixels")
     expected = read_seg(seg, grid).mask
     seg = pydicom.dcmread(_saved(tmp_path, seg))
     pixels = seg.pixel_array.swapaxes(1, 2)
@@ -170,7 +172,7 @@ def test_a_seg_on_another_grid_or_beyond_the_series_is_refused(tmp_path):
 
 
 def test_frames_without_a_place_go_to_the_image_they_name(tmp_path):
-    grid, _, mask, seg = made(tmp_path)
+    grid, _, _mask, seg = made(tmp_path)
     expected = read_seg(seg, grid).mask
     seg = pydicom.dcmread(_saved(tmp_path, seg))
     for frame in seg.PerFrameFunctionalGroupsSequence:
@@ -199,8 +201,10 @@ def test_where_segments_overlap_the_smaller_stays_visible(tmp_path):
     seg.NumberOfFrames += 1
     label = read_seg(pydicom.dcmread(_saved(tmp_path, seg)), grid)
     assert label.values == {1: "organ", 2: "tumour"}
-    assert label.mask[4, 3, 1] == 2 and (label.mask > 0).sum() == organ.sum()
-    assert "1 voxels" in label.remarks[0] and "'organ' and 'tumour'" in label.remarks[0]
+    assert label.mask[4, 3, 1] == 2
+    assert (label.mask > 0).sum() == organ.sum()
+    assert "1 voxels" in label.remarks[0]
+    assert "'organ' and 'tumour'" in label.remarks[0]
 
 
 def test_a_multiframe_series_whose_frames_are_in_no_order(tmp_path):

@@ -210,8 +210,9 @@ class SafeDicomDatastore(SafeDatastore):
     def json(self) -> dict[str, Any]:
         """As the base class's, with the labels of the PACS that nobody has needed yet: their names count already."""
         content = super().json()
-        for entry in self._usable():
-            record = content["objects"].setdefault(entry.image, {"image": {"ext": ".nii", "info": {}}, "labels": {}})
+        latest = {entry.image: entry for entry in self._usable()}  # the oldest come first
+        for image, entry in latest.items():
+            record = content["objects"].setdefault(image, {"image": {"ext": ".nii", "info": {}}, "labels": {}})
             record["labels"].setdefault(FINAL, {"ext": "", "info": _info_of(entry)})
         return content
 

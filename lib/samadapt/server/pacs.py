@@ -103,6 +103,7 @@ class Pacs:
         self._folder = folder
         self._lock = threading.Lock()
         self._listed: tuple[float, dict[str, SeriesEntry], dict[str, LabelEntry]] | None = None
+        client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=100)  # else 30 s until it is away
         for scheme in ("http://", "https://"):
             client._session.mount(scheme, _Impatient())
 
@@ -142,7 +143,7 @@ class Pacs:
         """Attributes of every image of a series, as far as the PACS gives them without the pixels."""
         with answering(self.url):
             found = self._client.retrieve_series_metadata(series.study, series.uid)
-        return [Dataset.from_json(one) for one in found]
+        return [Dataset.from_json(one, lambda *_: None) for one in found]  # pixels stay where they are
 
     def fetch(self, series: SeriesEntry, images: list[str], keep: Callable[[Dataset], None]) -> None:
         """Fetch the images of a series; ``keep`` gets each of them, in any order, one after another."""
