@@ -179,8 +179,8 @@ def write_image(path: str | Path, series: Series) -> None:
     array = series.array
     if array.ndim == 4:
         array = np.ascontiguousarray(array).view([(name, np.uint8) for name in "RGB"])[..., 0]
-    elif _fits_int16(array):
-        array = array.astype(np.int16)
+    else:
+        array = _as_int16(array)
     image = nib.Nifti1Image(array, series.affine)
     _place_nifti(image, Geometry(_shape3(series.array), series.affine))
     image.header["descrip"] = f"{_MODALITY}{series.modality}".encode()[:79]
@@ -473,9 +473,17 @@ def _place_nifti(image: nib.Nifti1Image, geometry: Geometry) -> None:
     image.set_qform(geometry.affine, code=0 if _is_sheared(geometry) else 1)
 
 
-def _fits_int16(array: np.ndarray) -> bool:
-    """Whether every value is a whole number of two bytes; slice by slice, because volumes are large."""
-    return all(np.abs(plane).max() <= 32767 and not np.mod(plane, 1).any() for plane in np.moveaxis(array, 2, 0))
+def _as_int16(array: np.ndarray) -> np.ndarray:
+    """(I, J, K) with two bytes a voxel, or as it is where that would change a value."""
+    whole = np.empty(array.shape, np.int16, order="F")
+    for k in range(array.shape[2]):  # slice by slice, because volumes are large
+        plane = array[:, :, k]
+        if plane.min() < -32768 or plane.max() > 32767:
+            return array
+        whole[:, :, k] = plane
+        if (whole[:, :, k] != plane).any():
+            return array
+    return whole
 
 
 def _is_sheared(geometry: Geometry) -> bool:

@@ -147,13 +147,12 @@ class SafeDicomDatastore(SafeDatastore):
         tell(0, len(metadata))
         headers: list[Dataset] = []
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self._attributes_folder()) as folder:
-
-            def keep(image: Dataset) -> None:
+            for image in self._pacs.fetch(series):
                 image.save_as(Path(folder) / f"{len(headers):06}.dcm", write_like_original=False)
                 headers.append(_without_pixels(image))
                 tell(len(headers), len(metadata))
-
-            self._pacs.fetch(series, [str(one.SOPInstanceUID) for one in metadata], keep)
+            if len(headers) != len(metadata):
+                raise UnavailableError(f"{len(headers)} of {len(metadata)} images came", where=f"series {uid}")
             try:
                 read = read_series(Path(folder))
             except InputError as error:

@@ -6,8 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,6 @@ LABEL_MODALITIES = ("SEG", "RTSTRUCT")
 
 FRESH_SECONDS = 30.0
 """So long a list of series is taken for true without asking again."""
-
-_AT_ONCE = 4
-"""Requests to the PACS at the same time while a series is fetched."""
 
 _NO_ANSWER_SECONDS = 60.0
 
@@ -145,11 +141,10 @@ class Pacs:
             found = self._client.retrieve_series_metadata(series.study, series.uid)
         return [Dataset.from_json(one, lambda *_: None) for one in found]  # pixels stay where they are
 
-    def fetch(self, series: SeriesEntry, images: list[str], keep: Callable[[Dataset], None]) -> None:
-        """Fetch the images of a series; ``keep`` gets each of them, in any order, one after another."""
-        with ThreadPoolExecutor(_AT_ONCE, "fetch") as pool, answering(self.url):
-            for image in pool.map(lambda uid: self._client.retrieve_instance(series.study, series.uid, uid), images):
-                keep(image)
+    def fetch(self, series: SeriesEntry) -> Iterator[Dataset]:
+        """The images of a series as they come, in any order: one request, which PACSs answer many times faster."""
+        with answering(self.url):
+            yield from self._client.iter_series(series.study, series.uid)
 
     def fetch_label(self, entry: LabelEntry) -> Dataset:
         """A label object with all it holds."""
