@@ -21,7 +21,7 @@ from samadapt import __version__
 from samadapt.data.dicom import SeriesGrid, functional_group
 from samadapt.data.dicom_label import DicomLabel, Structure, label_map
 from samadapt.data.geometry import LPS_FROM_RAS, MISMATCH_VOXELS
-from samadapt.data.labels import same_name
+from samadapt.data.labels import same_name, values_in
 from samadapt.errors import InputError
 
 SEG_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -102,11 +102,11 @@ def write_seg(
     """
     if mask.shape != grid.geometry.shape:
         raise InputError(f"the mask's shape is {mask.shape}, its series' {grid.geometry.shape}", where=grid.series)
-    present = np.flatnonzero(np.bincount(mask.ravel(order="K"))[1:]) + 1
+    present = sorted(values_in(mask) - {0})
     if not len(present):
         raise InputError("an empty mask cannot be a DICOM SEG, which has at least one segment", where=grid.series)
     numbers = np.zeros(int(present[-1]) + 1, np.uint8 if len(present) < 256 else np.uint16)
-    numbers[present] = np.arange(1, len(present) + 1)
+    numbers[present] = range(1, len(present) + 1)
     sources, order = _sources(grid, images)
     pixels = numbers[mask.transpose(2, 1, 0)][order]
     with warnings.catch_warnings():  # about how archives write names and identifiers, which is not ours to change

@@ -28,7 +28,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import UNSAID, Coverage, labelled_slices
-from samadapt.data.labels import values_from_label_info
+from samadapt.data.labels import values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, StateError
 from samadapt.files import atomic_path, sha256_of, write_json
@@ -388,7 +388,7 @@ class SafeDatastore(LocalDatastore):
         values = values_from_label_info(info["label_info"]) if info.get("label_info") else None
         coverage, axis = Coverage.from_info(info).or_else(self.assumed), geometry.acquisition_axis
         slices = labelled_slices(coverage.left_out(mask, values, axis), mask.shape, axis)
-        present = set(np.flatnonzero(np.bincount(mask.ravel(order="K"))).tolist()) - {0}
+        present = values_in(mask) - {0}
         self._saved.submission = Submission(info, present, coverage, slices)
         return mask
 
