@@ -177,10 +177,10 @@ def make(name: str) -> PACS:
     raise ValueError(f"no back end {name!r}")
 
 
-_MARKS = {"orthanc": [pytest.mark.requires_pacs]}
+MARKS = {"orthanc": [pytest.mark.requires_pacs]}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=_MARKS.get(name, [])) for name in BACK_ENDS])
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in BACK_ENDS])
 def pacs(request: pytest.FixtureRequest) -> Iterator[PACS]:
     """An empty PACS that runs, one for each back end: ``from pacs import pacs`` in a test module takes it."""
     running = make(request.param).start()

@@ -31,6 +31,7 @@ def main() -> None:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((HOST, arguments.port))
+    listening.listen(128)  # from here on who connects waits for the answer instead of being turned away
     archive = Archive(arguments.folder, _progress())
     archive.look_in_background()
     config = uvicorn.Config(application(archive), log_level="warning", access_log=False)
