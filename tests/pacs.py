@@ -6,13 +6,16 @@ Both have the same interface, so that a test that takes the fixture ``pacs`` ask
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -22,7 +25,7 @@ from pydicom import dcmread
 ORTHANC = next((found for name in ("Orthanc", "/usr/sbin/Orthanc") if (found := shutil.which(name))), None)
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
-BACK_ENDS = ("orthanc",)
+BACK_ENDS = ("orthanc", "embedded")
 
 
 def free_port() -> int:
@@ -78,6 +81,49 @@ class Orthanc:
         return store(self.url, files)
 
 
+class Embedded:
+    """``python -m samadapt.dicomweb``, over an empty temporary folder or a given one that stays."""
+
+    name = "embedded"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.url = ""
+        self.folder = folder
+        self._own: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, seconds: float = 60) -> Embedded:
+        """Until the folder is indexed."""
+        if self.folder is None:
+            self.folder = self._own = Path(tempfile.mkdtemp(prefix="embedded-"))
+        words = [sys.executable, "-m", "samadapt.dicomweb", str(self.folder), "--parent", str(os.getpid())]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "lib")}
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment)
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().decode().strip()
+        if not self.url:
+            end(self._process)
+            raise RuntimeError("the embedded DICOMweb server did not start")
+        deadline = time.monotonic() + seconds
+        while self.status()["indexing"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self
+
+    def status(self) -> dict[str, Any]:
+        return requests.get(f"{self.url.removesuffix('/dicom-web')}/status", timeout=10).json()
+
+    def stop(self) -> None:
+        end(self._process)
+        if self._own:
+            shutil.rmtree(self._own, ignore_errors=True)
+
+    def upload(self, files: Path | Iterable[Path]) -> int:
+        return store(self.url, files)
+
+
+PACS = Orthanc | Embedded
+
+
 def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float, log: Path) -> None:
     """Until ``url`` answers; a process that ends meanwhile fails with what it has logged."""
     deadline = time.monotonic() + seconds
@@ -120,20 +166,22 @@ def _is_dicom(path: Path) -> bool:
         return handle.read(132)[128:] == b"DICM"
 
 
-def make(name: str) -> Orthanc:
+def make(name: str) -> PACS:
     """The back end of that name, not started yet; a test is skipped where it is not installed."""
     if name == "orthanc":
         if ORTHANC is None or not PLUGIN.exists():
             pytest.skip("Orthanc with its DICOMweb plugin is not installed (Debian: orthanc, orthanc-dicomweb)")
         return Orthanc()
+    if name == "embedded":
+        return Embedded()
     raise ValueError(f"no back end {name!r}")
 
 
-_MARKS = {"orthanc": [pytest.mark.requires_pacs]}
+MARKS = {"orthanc": [pytest.mark.requires_pacs]}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=_MARKS.get(name, [])) for name in BACK_ENDS])
-def pacs(request: pytest.FixtureRequest) -> Iterator[Orthanc]:
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in BACK_ENDS])
+def pacs(request: pytest.FixtureRequest) -> Iterator[PACS]:
     """An empty PACS that runs, one for each back end: ``from pacs import pacs`` in a test module takes it."""
     running = make(request.param).start()
     yield running
