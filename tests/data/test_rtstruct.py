@@ -1,5 +1,6 @@
 """Contours become the voxels that lie inside them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from phantoms import KINDS, write_phantom
+from samadapt.data.cases import find_cases
 from samadapt.data.dicom import dicom_files, series_grid
+from samadapt.data.labels import LabelMap
 from samadapt.data.rtstruct import read_rtstruct, structure_names
 from samadapt.data.volume import read_label
 from samadapt.errors import InputError
+from samadapt.training.slices import read_case
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LPS = np.array([-1, -1, 1])
@@ -96,6 +100,19 @@ def test_contours_beyond_the_series_or_across_its_slices_are_refused(tmp_path):
         read_rtstruct(across, grid)
     with pytest.raises(InputError):
         read_rtstruct(structures(grid, organ=[]), grid)
+
+
+@pytest.mark.requires_data
+def test_a_folder_with_a_series_and_its_contours_is_a_labelled_case(tmp_path):
+    folder = DATA / "dicom_sts_mr_rtstruct"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    shutil.copytree(folder / "dicom", tmp_path / "studies" / "patient")
+    (case,) = find_cases(tmp_path / "studies")
+    assert case.values == {1: "GTV_Mass_MR_T1"}
+    volume, mask, _ = read_case(case, LabelMap(("GTV_Mass_MR_T1",)))
+    truth = read_label(next((folder / "labels").glob("*.nii.gz")), volume.geometry)
+    assert ((mask == 1) == (truth == 1)).all()
 
 
 @pytest.mark.requires_data

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydicom.dataset import Dataset
+
+LABEL_MODALITIES = ("SEG", "RTSTRUCT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +56,16 @@ def label_map(shape: tuple[int, int, int], structures: Sequence[Structure], rema
         for (larger, smaller), count in sorted(lost.items())
     ]
     return DicomLabel(mask, dict(sorted(names.items())), (*remarks, *overlaps))
+
+
+def is_label_object(header: Dataset) -> bool:
+    """Whether DICOM attributes are those of a SEG or RTSTRUCT."""
+    return str(header.get("Modality", "")).upper() in LABEL_MODALITIES
+
+
+def time_of(label: Dataset) -> str:
+    """When a SEG or RTSTRUCT was drawn, "YYYYMMDDHHMMSS" in the time of its maker; "" where it does not say."""
+    for kind in ("Content", "StructureSet", "InstanceCreation", "Series"):
+        if day := str(label.get(f"{kind}Date") or ""):
+            return day + str(label.get(f"{kind}Time") or "").split(".")[0].ljust(6, "0")
+    return ""

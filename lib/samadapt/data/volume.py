@@ -110,7 +110,9 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray:
-    """Read a label image: (I, J, K), uint8, uint16 or int32, whichever holds the largest value.
+    """Read a label: (I, J, K), uint8, uint16 or int32, whichever holds the largest value.
+
+    A DICOM SEG or RTSTRUCT needs ``geometry``, the grid of the series that it was drawn on.
 
     Args:
         geometry: the image's grid. A label on the same grid with other axis order or direction is turned to it;
@@ -121,6 +123,8 @@ def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray
     """
     path = Path(path)
     _refuse_lossy(path)
+    if geometry is not None and path.is_file() and is_dicom(path):
+        return _read_drawn(path, geometry)
     raw = _read_indices(path) if _is_picture(path) else _read(path)
     values = _whole_numbers(raw.array, path)
     if geometry is None or raw.geometry.matches(geometry):
@@ -134,6 +138,14 @@ def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray
         where=path,
         remedy="Save the label on the image's own grid (in Slicer: set the image as reference geometry).",
     )
+
+
+def _read_drawn(path: Path, geometry: Geometry) -> np.ndarray:
+    """A SEG or RTSTRUCT on the grid of its series."""
+    from samadapt.data.dicom_label_file import read_label_object  # its libraries take a second to import
+
+    with _damage_named(path):
+        return read_label_object(path, geometry).mask
 
 
 def write_mask(

@@ -19,14 +19,13 @@ from pydicom.dataset import Dataset
 from requests.adapters import HTTPAdapter
 
 from samadapt.data.dicom import NOT_IMAGES
+from samadapt.data.dicom_label import LABEL_MODALITIES, time_of
 from samadapt.data.dicom_seg import segment_names
 from samadapt.data.rtstruct import structure_names
 from samadapt.errors import InputError, NotFoundError, UnavailableError
 from samadapt.files import write_json
 
 logger = logging.getLogger(__name__)
-
-LABEL_MODALITIES = ("SEG", "RTSTRUCT")
 
 FRESH_SECONDS = 30.0
 """So long a list of series is taken for true without asking again."""
@@ -255,7 +254,7 @@ def _label(series: SeriesEntry, found: Dataset) -> LabelEntry:
         study=series.study,
         modality=series.modality,
         image=_image_of(found),
-        time=_time_of(found),
+        time=time_of(found),
         names=read(found),
     )
 
@@ -268,11 +267,4 @@ def _image_of(label: Dataset) -> str:
         for study in frame.get("RTReferencedStudySequence") or []:
             for series in study.get("RTReferencedSeriesSequence") or []:
                 return str(series.get("SeriesInstanceUID") or "")
-    return ""
-
-
-def _time_of(label: Dataset) -> str:
-    for kind in ("Content", "StructureSet", "InstanceCreation", "Series"):
-        if day := str(label.get(f"{kind}Date") or ""):
-            return day + str(label.get(f"{kind}Time") or "").split(".")[0].ljust(6, "0")
     return ""
