@@ -1,11 +1,13 @@
 """The server over a PACS: what viewers see of series, labels and waiting."""
 
 import gzip
+import io
 import json
 import threading
 import time
 
 import numpy as np
+import pydicom
 import pytest
 import requests
 from dicomweb_client.api import DICOMwebClient
@@ -155,3 +157,27 @@ def test_what_cannot_be_a_label_is_refused(hospital, mask, params):
     assert answer.status_code == 400
     assert answer.json()["what"]
     assert get(hospital, "/samadapt/label/versions", params={"image": hospital.uids["ct"]}).json() == before
+
+
+def test_an_empty_answer_is_no_dicom_seg_and_is_told_so(hospital):
+    answer = requests.post(
+        f"{hospital.url}/infer/samadapt",
+        params={"image": hospital.uids["ct"], "output": "dicom_seg"},
+        data={"params": json.dumps({"label_info": LABEL_INFO})},
+        timeout=120,
+    )
+    assert answer.status_code == 400
+    assert "empty" in answer.json()["what"]
+
+
+def test_an_answer_as_dicom_seg(hospital):
+    answer = requests.post(
+        f"{hospital.url}/infer/samadapt_click",
+        params={"image": hospital.uids["long"], "output": "dicom_seg"},
+        data={"params": json.dumps({"label_info": [{"name": "liver", "idx": 1}], "foreground": [[100, 100, 70]]})},
+        timeout=120,
+    )
+    assert answer.status_code == 200, answer.text
+    seg = pydicom.dcmread(io.BytesIO(answer.content))
+    assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["liver"]
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == hospital.uids["long"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from samadapt.data.dicom import SeriesGrid, read_series, series_grid
 from samadapt.data.dicom_seg import read_seg, write_seg
 from samadapt.data.labels import values_from_label_info
 from samadapt.data.rtstruct import read_rtstruct
-from samadapt.data.volume import write_image, write_mask
+from samadapt.data.volume import read_label, write_image, write_mask
 from samadapt.errors import InputError, NotFoundError, SamAdaptError, UnavailableError
 from samadapt.files import write_json
 from samadapt.server.datastore import SafeDatastore
@@ -299,6 +300,23 @@ class SafeDicomDatastore(SafeDatastore):
             return
         made = {"object": str(seg.SOPInstanceUID), "series": str(seg.SeriesInstanceUID)}
         self.update_label_info(image_id, tag, made)
+
+    def seg_file(self, series_dir: str, label: str, label_info: Any, use_itk: bool = True) -> str:
+        """A mask as a DICOM SEG file, which the caller deletes; with the arguments of the host's converter.
+
+        Args:
+            series_dir: its last part is the series UID.
+            label: the mask's file.
+            label_info: names of its values.
+            use_itk: not used.
+        """
+        uid = Path(series_dir).name
+        mask = read_label(label, self.geometry_of(self.image_path(uid)))
+        seg = write_seg(mask, values_from_label_info(label_info), self.grid(uid), self._headers(uid))
+        handle, name = tempfile.mkstemp(suffix=".dcm")
+        os.close(handle)
+        seg.save_as(name, write_like_original=False)
+        return name
 
     def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
         frames = [uid for uid, _ in self.grid(image_id).frames]

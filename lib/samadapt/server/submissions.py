@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, UploadFile
 from monailabel.config import settings as host
-from monailabel.endpoints import datastore
+from monailabel.endpoints import datastore, infer
 from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -19,6 +19,9 @@ FINAL = DefaultLabelTag.FINAL.value
 def install(server: FastAPI, app: MONAILabelApp) -> None:
     """Add the endpoints to a server that has started."""
     server.include_router(router(app), prefix=host.MONAI_LABEL_API_STR)
+    if isinstance(app.datastore(), SafeDicomDatastore):  # the host's converter goes by position (``output=dicom_seg``)
+        infer.DICOMWebDatastore = SafeDicomDatastore
+        infer.nifti_to_dicom_seg = app.datastore().seg_file
 
 
 def router(app: MONAILabelApp) -> APIRouter:
