@@ -6,6 +6,7 @@ no dataclasses, nothing to pickle and no postponed annotations here.
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Dict, Optional  # noqa: UP035
 
@@ -26,9 +27,11 @@ try:
     from samadapt.project import Project
     from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.auto_train import AutoTrain
-    from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
+    from samadapt.server.datastore import SafeDatastore
+    from samadapt.server.dicom_datastore import SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
+    from samadapt.server.launch import needs_dicomweb
     from samadapt.server.models import Models
     from samadapt.server.options import flag, is_upload
     from samadapt.server.outlook import Outlook
@@ -47,6 +50,7 @@ class SamAdaptApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: Dict[str, str]):  # noqa: UP006
         keep_freed_memory()
+        self.inferring = threading.Lock()  # requests come in threads; one inference at a time has the processor
         self.settings = AppConfig.from_strings(conf or {})
         # dcmqi's programs lie beside Python; without them the base class would try to download them
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -61,6 +65,12 @@ class SamAdaptApp(MONAILabelApp):
     def init_datastore(self):
         host.DICOMWebDatastore = SafeDicomDatastore  # the base class makes its store by this name
         remote = self.studies.startswith(("http://", "https://"))
+        if not remote and Path(self.studies).is_dir() and needs_dicomweb(Path(self.studies)):
+            raise InputError(
+                "only DICOM files here, which viewers load over DICOMweb",
+                where=self.studies,
+                remedy=f"Use `samadapt serve --studies {self.studies}`, which offers them so, or a PACS's address.",
+            )
         datastore = super().init_datastore() if remote else SafeDatastore(self.studies)
         folder = Path(datastore.folder)
         self.project = Project(folder)
@@ -143,7 +153,7 @@ class SamAdaptApp(MONAILabelApp):
         image = str(request["image"])
         uploaded = is_upload(image, self._sessions.store_path if self._sessions else None)
         path = image if uploaded else store.image_path(image)
-        with self.ahead.giving_way():
+        with self.inferring, self.ahead.giving_way():
             file, params = task({**request, "image": path})
         if not uploaded:
             self.ahead.first(image)
@@ -168,4 +178,5 @@ class SamAdaptApp(MONAILabelApp):
         saved = self.datastore().last_saved
         labels = self.label_source.current()
         warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
+        warnings += saved.remarks
         return {"warnings": warnings, "labels": self.label_source.indices()}
