@@ -47,6 +47,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
         (datastore, "update_label_info"),
     ):
         setattr(module, name, _with_json_object(getattr(module, name)))
+    infer.run_inference = _without_scribbles(infer.run_inference)
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
@@ -94,6 +95,23 @@ def _with_json_object(handler: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _without_scribbles(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a drawn mask as prompt: none of the models takes one, and an answer that ignores it would surprise."""
+    signature = inspect.signature(handler)
+
+    @functools.wraps(handler)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if signature.bind(*args, **kwargs).arguments.get("label"):
+            raise InputError(
+                "scribbles are not understood",
+                where="label",
+                remedy="Use samadapt_click or samadapt_click_3d: click on the structure, or draw a box around it.",
+            )
+        return handler(*args, **kwargs)
+
+    return checked
+
+
 def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
     """Name unknown strategies, and say why there is no next image (the host would answer ``{}``)."""
 
@@ -135,7 +153,8 @@ def _stop(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]
     """``DELETE /train/``: answer when the process is gone, not when it was told to go.
 
     The host only sends the signal. A training of some gigabytes needs a moment to end, and until then its progress
-    reads "running" and it holds its files and its device.
+    reads "running" and it holds its files and its device. Slicer shows the last line of ``details``, and fails where
+    there is none.
     """
 
     @functools.wraps(handler)
@@ -148,6 +167,8 @@ def _stop(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]
                 process.wait(LONGEST_DEATH_S)
         except subprocess.TimeoutExpired:
             logger.warning("the stopped training (process %d) still has not ended", process.pid)
+        if answer is not None and not answer.get("details"):
+            answer["details"] = ["stopped before its first step"]
         return answer
 
     return checked
