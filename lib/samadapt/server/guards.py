@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -23,18 +24,25 @@ from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.main import Main
 from monailabel.utils.async_tasks.utils import processes
 
+from samadapt.activelearning.leases import somebody_at
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from samadapt.server.train import TrainSamAdapt
 
 logger = logging.getLogger(__name__)
 
 LONGEST_DEATH_S = 20.0
 """How long a killed training may take to give its memory back before the answer says so anyway."""
+
+
+_ADDRESS: ContextVar[str | None] = ContextVar("address", default=None)
+"""Where the request that is being answered comes from."""
 
 
 def install(server: FastAPI, app: MONAILabelApp) -> None:
@@ -57,7 +65,24 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
+    server.add_middleware(_NoteAddress)
     _warn_if_public()
+
+
+class _NoteAddress:
+    """Keeps the client's address for handlers that the host does not show the request.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = scope.get("client")
+        _ADDRESS.set(client[0] if client else None)
+        await self._app(scope, receive, send)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
@@ -113,12 +138,18 @@ def _without_scribbles(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
-    """Name unknown strategies, and say why there is no next image (the host would answer ``{}``)."""
+    """Name unknown strategies, and say why there is no next image (the host would answer ``{}``).
+
+    Viewers that do not say who asks (OHIF's panel) are told apart by their machines.
+    """
 
     @functools.wraps(handler)
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
         _require("strategy", strategy, app._strategies)
-        return handler(strategy, params, user) or {"message": app.outlook.why_nothing()}
+        asked, address = params or {}, _ADDRESS.get()
+        if not asked.get("client_id") and address:
+            asked = {**asked, "client_id": somebody_at(address)}
+        return handler(strategy, asked, user) or {"message": app.outlook.why_nothing()}
 
     return checked
 

@@ -157,8 +157,8 @@ class Outlook:
         )
         ranking = strategy.rank(every, len(unlabelled) + len(labelled))
         self._order = [proposal.id for proposal in ranking]
-        free = set(self.leases.free(self._order, client))
-        return [proposal for proposal in ranking if proposal.id in free]
+        proposals = {proposal.id: proposal for proposal in ranking}
+        return [proposals[case] for case in self.leases.free(self._order, client)]
 
     def _answer(self, strategy: Strategy, proposal: Proposal) -> dict[str, Any]:
         answer = {
