@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from samadapt.data.volume import read_volume
 from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
 from samadapt.server.models import PLAIN
-from samadapt.server.outlook import ALL_LABELLED, Outlook
+from samadapt.server.outlook import AHEAD, ALL_LABELLED, Outlook
 from samadapt.server.strategies import all_strategies
 from tiny import BACKBONES, write_studies
 
@@ -114,6 +115,39 @@ def test_an_unreadable_image_is_skipped_and_reported(studies, outlook):
     answer = outlook.propose(strategy("first"), "ann")
     assert answer["id"] == "case_1"
     assert list(answer["skipped"]) == ["case_0"]
+
+
+def test_any_number_of_unreadable_images_is_skipped(studies, store, outlook):
+    for number in range(2 * AHEAD):
+        (studies / f"a_{number}.nii.gz").write_bytes(b"no image")
+    answer = outlook.propose(strategy("first"), "ann")
+    assert answer["id"] == "case_0"
+    assert len(answer["skipped"]) == 2 * AHEAD
+
+
+def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
+    """Whoever has been given a case counts; a ranking of all thousands would take seconds."""
+    for number in range(30):
+        os.link(studies / "case_0.nii.gz", studies / f"more_{number:02}.nii.gz")
+    asked, first = [], strategy("first")
+    rank = type(first).rank
+    monkeypatch.setattr(type(first), "rank", lambda self, pool, count: asked.append(count) or rank(self, pool, count))
+    given = [outlook.propose(first, client)["id"] for client in ("ann", "bob", "eve")]
+    assert given == ["case_0", "case_1", "case_2"]
+    assert asked == [AHEAD, AHEAD + 1, AHEAD + 2]
+
+
+def test_a_label_that_comes_later_is_seen(outlook, store, serving, tmp_path):
+    """Studies are looked through again once something in them has changed."""
+    label(store, tmp_path, "case_3")
+    serving.train()
+    for image in ("case_3", "case_2"):
+        outlook.look(image, lambda: None)
+    assert outlook._candidate("case_3").label_dice is not None
+    assert outlook._candidate("case_2").label_dice is None
+    label(store, tmp_path, "case_2")
+    outlook.look("case_2", lambda: None)
+    assert outlook._candidate("case_2").label_dice is not None
 
 
 def test_everything_labelled_says_so(outlook, store, tmp_path):

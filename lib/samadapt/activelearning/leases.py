@@ -72,6 +72,10 @@ class Leases:
         if self._held.pop(case, None):
             self._write()
 
+    def count(self) -> int:
+        """How many cases somebody has."""
+        return len(self._current())
+
     def first_end(self) -> float | None:
         """When the next lease ends by itself, in seconds since the epoch; None without leases."""
         return min((lease.since + self._seconds for lease in self._current().values()), default=None)
