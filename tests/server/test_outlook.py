@@ -7,6 +7,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from samadapt import recipes
@@ -36,6 +37,7 @@ class Serving:
         )
         self._current = self._plain
         self.volume = read_volume
+        self.before = []
 
     def train(self, name="v0001"):
         model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()
@@ -53,6 +55,9 @@ class Serving:
 
     def plain(self):
         return self._plain
+
+    def earlier(self, count):
+        return self.before[-count:]
 
 
 @pytest.fixture
@@ -186,6 +191,25 @@ def test_a_new_version_looks_anew(outlook, serving):
     assert outlook.quality("case_1") is not None
     serving.train("v0002")
     assert outlook.quality("case_1") is None
+
+
+def test_bald_asks_earlier_versions_and_only_once_somebody_wants_it(outlook, serving):
+    serving.train()
+    serving.earlier = lambda count: pytest.fail("nobody has asked for bald")
+    outlook.look("case_1", lambda: None)
+    del serving.earlier
+    serving.before = [recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()]
+    for number, parameter in enumerate(serving.before[0].trainable().values()):
+        parameter.data += 0.5 * (-1) ** number
+    serving.before[0].describe(trained=True)
+    outlook.propose(strategy("bald"), "ann")
+    outlook.look("case_1", lambda: None)
+    with_earlier = outlook._candidate("case_1").spread
+    serving.before = []
+    serving.train("v0002")
+    outlook.look("case_1", lambda: None)
+    assert with_earlier.max() > 0
+    assert not np.allclose(with_earlier, outlook._candidate("case_1").spread)
 
 
 def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):

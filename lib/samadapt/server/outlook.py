@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samadapt.activelearning.leases import Leases
+from samadapt.activelearning.observe import EARLIER
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
@@ -75,7 +76,8 @@ class Outlook:
         case = self._labelled_case(image) if trained else None
         needs = self._needs if case else self._needs - {"label_dice"}
         path, label_file = Path(self._datastore().image_path(image)), case.label if case else None
-        if not self._survey.missing(image, path, version, needs, label_file):
+        missing = self._survey.missing(image, path, version, needs, label_file)
+        if not missing:
             return
         volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
@@ -86,6 +88,7 @@ class Outlook:
             volume=volume,
             model=served.model if trained else None,
             version=version,
+            earlier=self._models.earlier(EARLIER) if "spread" in missing else (),
             cache=self._models.cache,
             label=label,
             label_file=label_file,
