@@ -238,3 +238,24 @@ def test_a_folder_from_before_there_was_a_history(project):
     assert own.get("v0002").verdict == "unfinished"
     own.promote("v0002", "me", CONFIG)
     assert own.rollback("me", CONFIG).name == "v0001"
+
+
+def test_earlier_versions_that_know_the_same_labels_may_be_asked(project, trained):
+    models = Models(CONFIG, project)
+    assert [path.stem for path in trained.before_present()] == ["v0001", "v0002"]
+    both = models.earlier(2)
+    assert len(both) == 2
+    assert all(one is other for one, other in zip(both, models.earlier(2), strict=True))
+    (last,) = models.earlier(1)
+    older, newer, again = (torch.cat([p.flatten() for p in one.trainable().values()]) for one in (*both, last))
+    assert torch.equal(newer, again)
+    assert not torch.equal(newer, older)
+    trained.rollback("a test", CONFIG)
+    assert [path.stem for path in trained.before_present()] == ["v0001"]
+    assert len(models.earlier(2)) == 1
+    (project.models / "v0001.safetensors").write_bytes(b"damaged")
+    assert Models(CONFIG, project).earlier(2) == []
+
+
+def test_before_any_training_there_are_no_earlier_versions(project):
+    assert Models(CONFIG, project).earlier(2) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,15 @@ from typing import Any
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on an exception it is removed.
 
-    The temporary name keeps the suffixes of ``path``, because image writers choose the format by suffix.
+    The temporary name keeps the suffixes of ``path``, because image writers choose the format by suffix. Whoever may
+    read a file that is made in this folder may read this one, even if the writer makes it its owner's alone.
     """
     with _beside(Path(path)) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)

@@ -145,6 +145,13 @@ class Versions:
             raise NotFoundError(f"there is no version {name}", where="version", remedy=self._known())
         return _version(file, self.events(), self._project.published())
 
+    def before_present(self) -> list[Path]:
+        """Files of the versions that were in service before the present one, none of them rolled back; latest last."""
+        names = dict.fromkeys(event["version"] for event in reversed(_served(self.events())))
+        current = self._project.published()
+        files = [self._file(name) for name in reversed(names)]
+        return [file for file in files if file.is_file() and file != current]
+
     def publish(self, model: Path, reason: str, training: str, instead_of: str | None) -> bool:
         """Put the result of a training in service.
 

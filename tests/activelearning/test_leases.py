@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from samadapt.activelearning import leases
-from samadapt.activelearning.leases import Leases
+from samadapt.activelearning.leases import Leases, somebody_at
 from samadapt.errors import InputError
 
 CASES = ["a", "b", "c"]
@@ -38,7 +38,38 @@ def test_only_when_nothing_else_is_left_one_s_own_case_comes_back(held):
     held.take("c", None)
     assert held.free(CASES, "ann") == ["a"]
     assert held.free(CASES, "eve") == []
-    assert held.free(CASES, None) == []  # viewers without a name cannot be told apart
+    assert held.free(CASES, None) == ["c"]
+
+
+@pytest.mark.parametrize("client", ["ann", None, somebody_at("10.0.0.7")])
+def test_a_lone_person_who_asks_on_goes_round(held, clock, client):
+    given_to = []
+    for _ in range(7):
+        clock[0] += 1
+        given_to.append(held.free(CASES, client)[0])
+        held.take(given_to[-1], client)
+    assert given_to == [*CASES, *CASES, "a"]
+
+
+@pytest.mark.parametrize("client", [None, somebody_at("10.0.0.7")])
+def test_who_has_no_name_keeps_only_the_last_case_from_others(held, clock, client):
+    for case in CASES:
+        clock[0] += 1
+        held.take(case, client)
+    assert held.free(CASES, "ann") == ["a", "b"]
+    held.take("a", "ann")
+    assert held.free(CASES, "bob") == ["b"]
+    held.take("b", "bob")
+    assert held.free(CASES, "eve") == []
+    assert held.free(CASES, somebody_at("10.0.0.8")) == []
+
+
+def test_who_has_a_name_keeps_all_cases_from_others(held, clock):
+    for case in CASES:
+        clock[0] += 1
+        held.take(case, "ann")
+    assert held.free(CASES, "bob") == []
+    assert held.free(CASES, somebody_at("10.0.0.8")) == []
 
 
 def test_a_lease_ends_by_itself_or_with_the_label(held, clock):
@@ -74,10 +105,13 @@ def test_two_people_never_have_the_same_case_at_once(tmp_path_factory, monkeypat
     monkeypatch.setattr(leases.time, "time", lambda: now[0])
     held = Leases(tmp_path_factory.mktemp("leases") / "leases.json", seconds=60)
     given_to: dict[str, tuple[str | None, float]] = {}
+    at: dict[str | None, str] = {}
     for client, waited in asks:
         now[0] += waited
         for case in held.free(CASES, client)[:1]:
             other, since = given_to.get(case, (client, -1e9))
-            assert now[0] - since >= 60 or (other == client and client is not None)
+            left = other is None and at.get(other) != case
+            assert now[0] - since >= 60 or other == client or left
             held.take(case, client)
             given_to[case] = (client, now[0])
+            at[client] = case

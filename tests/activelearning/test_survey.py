@@ -180,6 +180,15 @@ def test_a_damaged_opinion_counts_as_absent_and_spares_the_others(kept, image, m
     assert kept.missing("case", image, "v1", needs) == {field}
 
 
+def test_what_another_process_finds_is_seen_at_once(kept, image, plain, tmp_path):
+    assert kept.candidate("case", image, None).descriptor is None
+    other = Survey(tmp_path / "survey")
+    other.look("case", image, {"descriptor"}, plain=plain)
+    np.testing.assert_array_equal(
+        kept.candidate("case", image, None).descriptor, other.candidate("case", image, None).descriptor
+    )
+
+
 @pytest.mark.parametrize("cut", [0, 10, 200])
 def test_damaged_descriptors_count_as_absent(kept, image, plain, tmp_path, cut):
     kept.look("case", image, {"descriptor"}, plain=plain)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from samadapt import recipes
 from samadapt.data.geometry import Geometry
+from samadapt.data.slices import take_slice
 from samadapt.data.volume import Volume, read_label, read_volume
 from samadapt.errors import InputError
 from samadapt.evaluation.click_simulation import centre, largest_part, simulate_clicks, widest_slice
@@ -126,6 +127,26 @@ def test_a_correction_costs_a_few_boxes_and_no_encoding_however_many_came_before
         assert sum(boxes) - before <= (2 * len(LADDER) if count == 1 else len(CORRECTION))
     assert len(boxes) > len(LADDER)
     assert sum(encoded) == 1
+
+
+def test_what_a_mask_shows_where_nobody_has_labelled_is_neither_right_nor_wrong(monkeypatch):
+    """The answer runs over into pixels without label on one side, and into the background on the other."""
+    truth, left_out = np.zeros((2, 12, 10, 4), bool)
+    truth[4:8, 2:8, 1] = True
+    left_out[8:, :, 1] = True
+    answers = [truth | left_out, truth | left_out | (np.arange(12) == 3)[:, None, None]]
+    asked = []
+
+    def answer(model, volume, axis, index, prompts, cache=None):
+        asked.append(prompts)
+        return take_slice(answers[0], axis, index)
+
+    monkeypatch.setattr("samadapt.evaluation.click_simulation.segment_slice", answer)
+    assert simulate_clicks(None, None, truth, 2, 1, clicks=2, left_out=left_out) == [1.0, 1.0]
+    assert asked[1].background == []
+    answers.pop(0)
+    (score,) = simulate_clicks(None, None, truth, 2, 1, clicks=1, left_out=left_out)
+    assert score == pytest.approx(2 * 24 / (24 + 24 + 10))
 
 
 @needs_data

@@ -82,6 +82,20 @@ def test_images_are_listed_and_labels_found_again(studies, tmp_path):
     assert not [p for p in (studies / "labels" / "final").iterdir() if p.name.startswith(".")]
 
 
+def test_what_has_gone_from_the_folder_is_forgotten(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    for image in ("a", "b"):
+        datastore.save_label(image, label_of(tmp_path / "l.nii.gz", 3), "final", info_of(3))
+    (studies / "labels" / "final" / "a.nii.gz").unlink()
+    (studies / "c.d.nii.gz").rename(tmp_path / "elsewhere.nii.gz")
+    (studies / "c.d.nii.gz").symlink_to(tmp_path / "elsewhere.nii.gz")
+    assert sorted(datastore.get_unlabeled_images()) == ["a", "c.d"]
+    (tmp_path / "elsewhere.nii.gz").unlink()
+    (studies / "b.nii.gz").unlink()
+    assert datastore.list_images() == ["a"]
+    assert datastore.json()["objects"]["a"]["labels"] == {}
+
+
 def test_a_new_label_replaces_the_old_one_in_another_format(studies, tmp_path):
     datastore = SafeDatastore(str(studies))
     datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 1), "final", info_of(1))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from samadapt import recipes
@@ -16,7 +18,7 @@ from samadapt.data.volume import read_volume
 from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
 from samadapt.server.models import PLAIN
-from samadapt.server.outlook import ALL_LABELLED, Outlook
+from samadapt.server.outlook import AHEAD, ALL_LABELLED, Outlook
 from samadapt.server.strategies import all_strategies
 from tiny import BACKBONES, write_studies
 
@@ -35,6 +37,7 @@ class Serving:
         )
         self._current = self._plain
         self.volume = read_volume
+        self.before = []
 
     def train(self, name="v0001"):
         model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()
@@ -52,6 +55,9 @@ class Serving:
 
     def plain(self):
         return self._plain
+
+    def earlier(self, count):
+        return self.before[-count:]
 
 
 @pytest.fixture
@@ -116,6 +122,39 @@ def test_an_unreadable_image_is_skipped_and_reported(studies, outlook):
     assert list(answer["skipped"]) == ["case_0"]
 
 
+def test_any_number_of_unreadable_images_is_skipped(studies, store, outlook):
+    for number in range(2 * AHEAD):
+        (studies / f"a_{number}.nii.gz").write_bytes(b"no image")
+    answer = outlook.propose(strategy("first"), "ann")
+    assert answer["id"] == "case_0"
+    assert len(answer["skipped"]) == 2 * AHEAD
+
+
+def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
+    """Whoever has been given a case counts; a ranking of all thousands would take seconds."""
+    for number in range(30):
+        os.link(studies / "case_0.nii.gz", studies / f"more_{number:02}.nii.gz")
+    asked, first = [], strategy("first")
+    rank = type(first).rank
+    monkeypatch.setattr(type(first), "rank", lambda self, pool, count: asked.append(count) or rank(self, pool, count))
+    given = [outlook.propose(first, client)["id"] for client in ("ann", "bob", "eve")]
+    assert given == ["case_0", "case_1", "case_2"]
+    assert asked == [AHEAD, AHEAD + 1, AHEAD + 2]
+
+
+def test_a_label_that_comes_later_is_seen(outlook, store, serving, tmp_path):
+    """Studies are looked through again once something in them has changed."""
+    label(store, tmp_path, "case_3")
+    serving.train()
+    for image in ("case_3", "case_2"):
+        outlook.look(image, lambda: None)
+    assert outlook._candidate("case_3").label_dice is not None
+    assert outlook._candidate("case_2").label_dice is None
+    label(store, tmp_path, "case_2")
+    outlook.look("case_2", lambda: None)
+    assert outlook._candidate("case_2").label_dice is not None
+
+
 def test_everything_labelled_says_so(outlook, store, tmp_path):
     for image in list(store.list_images()):
         label(store, tmp_path, image)
@@ -152,6 +191,25 @@ def test_a_new_version_looks_anew(outlook, serving):
     assert outlook.quality("case_1") is not None
     serving.train("v0002")
     assert outlook.quality("case_1") is None
+
+
+def test_bald_asks_earlier_versions_and_only_once_somebody_wants_it(outlook, serving):
+    serving.train()
+    serving.earlier = lambda count: pytest.fail("nobody has asked for bald")
+    outlook.look("case_1", lambda: None)
+    del serving.earlier
+    serving.before = [recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()]
+    for number, parameter in enumerate(serving.before[0].trainable().values()):
+        parameter.data += 0.5 * (-1) ** number
+    serving.before[0].describe(trained=True)
+    outlook.propose(strategy("bald"), "ann")
+    outlook.look("case_1", lambda: None)
+    with_earlier = outlook._candidate("case_1").spread
+    serving.before = []
+    serving.train("v0002")
+    outlook.look("case_1", lambda: None)
+    assert with_earlier.max() > 0
+    assert not np.allclose(with_earlier, outlook._candidate("case_1").spread)
 
 
 def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):

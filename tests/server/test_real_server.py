@@ -87,6 +87,22 @@ def test_a_sample_is_unlabelled_says_why_and_is_nobody_else_s(tmp_path):
         server.stop()
 
 
+def test_who_asks_on_without_a_name_goes_round_and_blocks_nobody(tmp_path):
+    """OHIF's panel sends an empty body."""
+    server = Server(make_volumes(tmp_path / "studies", 3)).start()
+
+    def ask(**body):
+        return requests.post(f"{server.url}/activelearning/random", json=body, timeout=30).json()["id"]
+
+    try:
+        alone = [ask() for _ in range(6)]
+        assert len(set(alone[:3])) == 3
+        assert alone[3:] == alone[:3]
+        assert ask(client_id="ann") != alone[-1]
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("body", [{}, {"paused": "yes"}, [1]])
 def test_a_pause_that_is_none_is_refused(server, body):
     assert requests.post(f"{server.url}/samadapt/auto_train", json=body, timeout=30).status_code == 422

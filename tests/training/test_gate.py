@@ -13,6 +13,7 @@ from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
 from samadapt.data.labels import LabelMap
+from samadapt.data.slices import take_slice
 from samadapt.data.window import Window
 from samadapt.errors import StateError
 from samadapt.model import read_info
@@ -133,6 +134,29 @@ def test_a_published_model_without_a_figure_gives_way_and_this_is_said(published
     verdict = judge(Measured({}, crossed(0.4)), [], LABELS, AppConfig(), published())
     assert verdict.published
     assert "v0001 has no cross-validated figure" in verdict.reason
+
+
+# ---- clicks
+
+
+def test_clicks_are_not_measured_where_nobody_has_labelled(studies, monkeypatch):
+    """Half of each object is unlabelled; a model that finds all of it has found just what is labelled."""
+    cases = [dataclasses.replace(case, values={1: "bright", 2: "ignore"}) for case in find_cases(studies)[:2]]
+    whole = {}
+    for case in cases:
+        image = nib.load(case.label)
+        label = np.asarray(image.dataobj).copy()
+        whole[case.image] = label == 1
+        label[(label == 1) & (np.cumsum(label == 1, axis=0) > 5)] = 2
+        nib.save(nib.Nifti1Image(label, image.affine), case.label)
+
+    def find_all(model, volume, axis, index, prompts, cache=None):
+        return take_slice(whole[volume.path], axis, index)
+
+    monkeypatch.setattr("samadapt.evaluation.click_simulation.segment_slice", find_all)
+    model = recipes.build("lora_late", LABELS, BACKBONES["per_head"]())
+    scores = gate.compare_clicks(model, cases, LABELS, AppConfig(), lambda done, total: None)
+    assert (scores.adapted, scores.plain, scores.objects) == (1.0, 1.0, 2)
 
 
 # ---- folds

@@ -279,8 +279,9 @@ def test_a_worse_candidate_is_not_published(studies, monkeypatch):
 def test_whoever_follows_clicks_better_answers_them(studies, monkeypatch, adapted):
     """The trained model is the one that has seen a window; the plain one always reaches 0.6."""
 
-    def click(model, volume, truth, axis, index, clicks):
+    def click(model, volume, truth, axis, index, clicks, left_out):
         assert truth.any()
+        assert not left_out.any()
         assert truth.take(index, axis).sum() == max(truth.sum(axis=tuple({0, 1, 2} - {axis})))
         return [adapted if model.info.trained else 0.6]
 

@@ -11,13 +11,20 @@ from pathlib import Path
 from samadapt.errors import InputError
 from samadapt.files import write_json
 
+_SOMEBODY = "somebody at "
+
+
+def somebody_at(address: str) -> str:
+    """Who asks from a machine without saying who it is."""
+    return f"{_SOMEBODY}{address}"
+
 
 @dataclass(frozen=True)
 class Lease:
     """A case that somebody was given.
 
     Attributes:
-        client: who; None where the viewer does not say.
+        client: who; None where nothing is known of them.
         since: seconds since the epoch.
     """
 
@@ -42,14 +49,18 @@ class Leases:
         self._held = _read(path)
 
     def free(self, cases: Collection[str], client: str | None) -> list[str]:
-        """Those of ``cases`` that ``client`` may be given, in the order in which they come.
+        """Those of ``cases`` that ``client`` may be given, the best first.
 
-        Cases that nobody has; if there are none, those that the same client was given before. Viewers that do not say
-        who they are cannot be told apart, so they get none of each other's.
+        Cases that nobody has, in the order in which they come. If there are none: those that the same client was given
+        before, the one that was given first in front, so that asking on goes round. If there are none of these either:
+        what clients without a name have left behind, which is all but the last that each was given. Whoever only looks
+        through the images with such a viewer keeps nobody else from work.
         """
         held = self._current()
-        nobody_s = [case for case in cases if case not in held]
-        return nobody_s or [case for case in cases if client is not None and held[case].client == client]
+        if nobody_s := [case for case in cases if case not in held]:
+            return nobody_s
+        oldest = sorted(cases, key=lambda case: held[case].since)
+        return [case for case in oldest if held[case].client == client] or self._left_behind(oldest, held)
 
     def take(self, case: str, client: str | None) -> None:
         """``client`` has been given ``case``, now."""
@@ -61,9 +72,21 @@ class Leases:
         if self._held.pop(case, None):
             self._write()
 
+    def count(self) -> int:
+        """How many cases somebody has."""
+        return len(self._current())
+
     def first_end(self) -> float | None:
         """When the next lease ends by itself, in seconds since the epoch; None without leases."""
         return min((lease.since + self._seconds for lease in self._current().values()), default=None)
+
+    @staticmethod
+    def _left_behind(cases: Collection[str], held: dict[str, Lease]) -> list[str]:
+        last: dict[str | None, float] = {}
+        for lease in held.values():
+            last[lease.client] = max(lease.since, last.get(lease.client, lease.since))
+        unnamed = {client for client in last if client is None or client.startswith(_SOMEBODY)}
+        return [case for case in cases if held[case].client in unnamed and held[case].since < last[held[case].client]]
 
     def _current(self) -> dict[str, Lease]:
         now = time.time()

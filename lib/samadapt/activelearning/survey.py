@@ -40,7 +40,7 @@ class Survey:
 
     What was found by another version of the model, in an image that has changed since, or for another label counts as
     absent, and so does whatever is damaged. Descriptors of different backbones do not fit together: give each backbone
-    its own folder.
+    its own folder. What was read stays in memory until it changes: strategies ask for all cases at once.
 
     Args:
         folder: made with the first finding.
@@ -48,6 +48,8 @@ class Survey:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._records: dict[str, tuple[list[int], Record]] = {}
+        self._rows: dict[str, tuple[list[int], np.ndarray]] = {}
 
     def candidate(
         self, case_id: str, image: Path, version: str | None, proposed: float = 0.0, label_file: Path | None = None
@@ -156,10 +158,14 @@ class Survey:
         return self._record(case_id, stamp)
 
     def _record(self, case_id: str, stamp: list[int]) -> Record:
+        path = self._path(case_id)
         try:
-            record = json.loads(self._path(case_id).read_text(encoding="utf-8"))
+            state = _stamp(path)
+            if self._records.get(case_id, (None,))[0] != state:
+                self._records[case_id] = (state, json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
+        record = self._records[case_id][1]
         fits = isinstance(record, dict) and record.get("format") == FORMAT
         return record if fits and record.get("id") == case_id and record.get("image") == stamp else {}
 
@@ -192,10 +198,14 @@ class Survey:
         """(N,D), see ``describe``; None where they are not kept, or what is kept is not what was written."""
         try:
             described = record["descriptors"]
-            data = self._path(case_id).with_suffix(".npy").read_bytes()
-            if zlib.crc32(data) != described["crc32"]:
-                return None
-            rows = np.load(io.BytesIO(data), allow_pickle=False)
+            path = self._path(case_id).with_suffix(".npy")
+            state = [*_stamp(path), described["crc32"]]
+            if self._rows.get(case_id, (None,))[0] != state:
+                data = path.read_bytes()
+                if zlib.crc32(data) != described["crc32"]:
+                    return None
+                self._rows[case_id] = (state, np.load(io.BytesIO(data), allow_pickle=False))
+            rows = self._rows[case_id][1]
             slices = np.full((int(described["slices"]), rows.shape[1]), np.nan, dtype=np.float32)
             slices[described["numbers"]] = rows
             return slices

@@ -14,7 +14,13 @@ from samadapt.model import AdaptedModel
 
 
 def simulate_clicks(
-    model: AdaptedModel, volume: Volume, truth: np.ndarray, axis: int, index: int, clicks: int = 5
+    model: AdaptedModel,
+    volume: Volume,
+    truth: np.ndarray,
+    axis: int,
+    index: int,
+    clicks: int = 5,
+    left_out: np.ndarray | None = None,
 ) -> list[float]:
     """Dice after 1, 2, ... ``clicks`` clicks on one slice.
 
@@ -25,6 +31,7 @@ def simulate_clicks(
         axis: axis that the slice is taken across.
         index: a slice that shows the object.
         clicks: how many; a perfect mask repeats its Dice.
+        left_out: bool (I,J,K), voxels that nobody has labelled: whatever is found there is neither right nor wrong.
 
     Raises:
         InputError: the slice does not show the object.
@@ -32,11 +39,12 @@ def simulate_clicks(
     wanted = np.ascontiguousarray(take_slice(truth, axis, index))
     if not wanted.any():
         raise InputError("the object is not on this slice", where=f"slice {index}")
+    labelled = True if left_out is None else ~take_slice(left_out, axis, index)
     foreground: list[Voxel] = [_voxel(centre(wanted), axis, index)]
     background: list[Voxel] = []
     scores = []
     for _ in range(clicks):
-        found = segment_slice(model, volume, axis, index, Prompts(foreground, background))
+        found = segment_slice(model, volume, axis, index, Prompts(foreground, background)) & labelled
         scores.append(float(2 * (found & wanted).sum() / (found.sum() + wanted.sum())))
         missed, false = largest_part(wanted & ~found), largest_part(found & ~wanted)
         if missed.sum() >= false.sum():

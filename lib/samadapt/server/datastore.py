@@ -205,6 +205,12 @@ class SafeDatastore(LocalDatastore):
         path = LocalDatastore.get_label_uri(self, image_id, DefaultLabelTag.FINAL)
         return Path(path) if path else None
 
+    def last_proposed(self, image_id: str) -> float:
+        """When an image was proposed last, in seconds since the epoch; 0: never."""
+        entry = self._datastore.objects.get(image_id)
+        proposals = entry.image.info.get("strategy", {}).values() if entry else ()
+        return max((float(one.get("ts", 0)) for one in proposals), default=0.0)
+
     def final_labels(self) -> list[Path]:
         """The files of all labels that count."""
         folder = Path(self._datastore.label_path(DefaultLabelTag.FINAL))
@@ -239,6 +245,23 @@ class SafeDatastore(LocalDatastore):
             times = self._folder_times()
             super()._reconcile_datastore()
             self._seen = times
+
+    def _remove_non_existing(self) -> int:
+        """As the base class's, with one look at each folder in place of several at each file."""
+        self._init_from_datastore_file()
+        images, labels, gone = _present(Path(self._datastore.image_path())), {}, 0
+        for image_id, entry in list(self._datastore.objects.items()):
+            if self._filename(image_id, entry.image.ext) not in images:
+                del self._datastore.objects[image_id]
+                gone += 1
+                continue
+            for tag, label in list(entry.labels.items()):
+                if tag not in labels:
+                    labels[tag] = _present(Path(self._datastore.label_path(tag)))
+                if self._filename(image_id, label.ext) not in labels[tag]:
+                    del entry.labels[tag]
+                    gone += 1
+        return gone
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         with self._exclusive:
@@ -440,3 +463,11 @@ class SafeDatastore(LocalDatastore):
             for folder in (self.folder, *folders.glob("*/")):
                 for unfinished in [*folder.glob(".*.incoming"), *folder.glob(".*.tmp.*")]:
                     unfinished.unlink(missing_ok=True)
+
+
+def _present(folder: Path) -> set[str]:
+    """Names of what is in a folder; links that lead nowhere are not."""
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}

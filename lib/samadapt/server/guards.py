@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -24,18 +25,25 @@ from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.main import Main
 from monailabel.utils.async_tasks.utils import processes
 
+from samadapt.activelearning.leases import somebody_at
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from samadapt.server.train import TrainSamAdapt
 
 logger = logging.getLogger(__name__)
 
 LONGEST_DEATH_S = 20.0
 """How long a killed training may take to give its memory back before the answer says so anyway."""
+
+
+_ADDRESS: ContextVar[str | None] = ContextVar("address", default=None)
+"""Where the request that is being answered comes from."""
 
 
 def install(server: FastAPI, app: MONAILabelApp) -> None:
@@ -49,6 +57,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     ):
         setattr(module, name, _with_json_object(getattr(module, name)))
     datastore.download_image = _once_here(datastore.download_image, app)
+    infer.run_inference = _without_scribbles(infer.run_inference)
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
@@ -63,7 +72,24 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     origins.install(server, allowed, loopback=_host() in origins.LOOPBACK, prefix=settings.MONAI_LABEL_API_STR)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
+    server.add_middleware(_NoteAddress)
     _warn_if_public()
+
+
+class _NoteAddress:
+    """Keeps the client's address for handlers that the host does not show the request.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = scope.get("client")
+        _ADDRESS.set(client[0] if client else None)
+        await self._app(scope, receive, send)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
@@ -113,13 +139,36 @@ def _once_here(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
     return checked
 
 
+def _without_scribbles(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a drawn mask as prompt: none of the models takes one, and an answer that ignores it would surprise."""
+    signature = inspect.signature(handler)
+
+    @functools.wraps(handler)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if signature.bind(*args, **kwargs).arguments.get("label"):
+            raise InputError(
+                "scribbles are not understood",
+                where="label",
+                remedy="Use samadapt_click or samadapt_click_3d: click on the structure, or draw a box around it.",
+            )
+        return handler(*args, **kwargs)
+
+    return checked
+
+
 def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
-    """Name unknown strategies, and say why there is no next image (the host would answer ``{}``)."""
+    """Name unknown strategies, and say why there is no next image (the host would answer ``{}``).
+
+    Viewers that do not say who asks (OHIF's panel) are told apart by their machines.
+    """
 
     @functools.wraps(handler)
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
         _require("strategy", strategy, app._strategies)
-        return handler(strategy, params, user) or {"message": app.outlook.why_nothing()}
+        asked, address = params or {}, _ADDRESS.get()
+        if not asked.get("client_id") and address:
+            asked = {**asked, "client_id": somebody_at(address)}
+        return handler(strategy, asked, user) or {"message": app.outlook.why_nothing()}
 
     return checked
 
@@ -154,7 +203,8 @@ def _stop(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]
     """``DELETE /train/``: answer when the process is gone, not when it was told to go.
 
     The host only sends the signal. A training of some gigabytes needs a moment to end, and until then its progress
-    reads "running" and it holds its files and its device.
+    reads "running" and it holds its files and its device. Slicer shows the last line of ``details``, and fails where
+    there is none.
     """
 
     @functools.wraps(handler)
@@ -167,6 +217,8 @@ def _stop(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]
                 process.wait(LONGEST_DEATH_S)
         except subprocess.TimeoutExpired:
             logger.warning("the stopped training (process %d) still has not ended", process.pid)
+        if answer is not None and not answer.get("details"):
+            answer["details"] = ["stopped before its first step"]
         return answer
 
     return checked

@@ -84,13 +84,15 @@ class LabelSource:
         """Learn from every final label's ``label_info``, the oldest first."""
         labels = [entry["labels"].get(DefaultLabelTag.FINAL.value) for entry in datastore.json()["objects"].values()]
         infos = [label["info"] for label in labels if label]
+        names: list[str] = []
         for info in sorted(infos, key=lambda info: (info.get("ts", 0), info.get("name", ""))):
             try:
                 values = values_from_label_info(info.get("label_info") or [])
             except InputError as error:
                 logger.warning("the label names of %s are left out: %s", info.get("name"), error)
                 continue
-            self.learn(name for _, name in sorted(values.items()))
+            names += [name for _, name in sorted(values.items())]
+        self.learn(names)
 
 
 def label_warnings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import torch
 
 from samadapt import recipes
 from samadapt.config import AppConfig
+from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Geometry, Volume, read_volume
+from samadapt.errors import SamAdaptError
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
+from samadapt.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ class Models:
         self._source: tuple[Path, int] | None = None
         self._served: Served | None = None
         self._plain: Served | None = None
+        self._earlier: tuple[tuple[str, int], list[AdaptedModel]] | None = None
         self.cache = SliceCache(project.cache, config.cache_gib)
         self._volumes = functools.lru_cache(maxsize=2)(_read)
 
@@ -101,6 +106,28 @@ class Models:
             self._plain = self._plain or self._load(None)
             return self._plain
 
+    def earlier(self, count: int) -> list[AdaptedModel]:
+        """The last versions that were in service before the present one and know the same labels, the latest last.
+
+        They stay in memory until another version is published. Those that cannot be loaded are left out.
+        """
+        served = self.current()
+        if served.version == PLAIN:
+            return []
+        if self._earlier is None or self._earlier[0] != (served.version, count):
+            labels = served.model.info.labels
+            known = (path for path in reversed(Versions(self._project).before_present()) if _labels(path) == labels)
+            loaded = [model for path in itertools.islice(known, count) if (model := self._loaded(path)) is not None]
+            self._earlier = (served.version, count), loaded[::-1]
+        return self._earlier[1]
+
+    def _loaded(self, path: Path) -> AdaptedModel | None:
+        try:
+            return self._load(path).model
+        except SamAdaptError as error:
+            logger.warning("%s is left out: %s", path.stem, error)
+            return None
+
     def volume(self, path: str | Path) -> Volume:
         """An image by file (or DICOM folder); the last two stay in memory until their files change."""
         path = Path(path)
@@ -120,10 +147,18 @@ class Models:
             model = AdaptedModel.load(published, weights=config.weights_for(read_info(published).backbone))
             version = published.resolve().stem
         model.merge()
-        logger.info("model in service: %s", version)
+        logger.info("model loaded: %s", version)
         return Served(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), version)
 
 
 def _read(path: Path, modified: int, size: int) -> Volume:
     """Read an image; ``modified`` and ``size`` are there to make a changed file another cache entry."""
     return read_volume(path)
+
+
+def _labels(path: Path) -> LabelMap | None:
+    """What a model file knows; None for a damaged one."""
+    try:
+        return read_info(path).labels
+    except SamAdaptError:
+        return None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from samadapt.activelearning.leases import Leases
+from samadapt.activelearning.observe import EARLIER
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
-from samadapt.data.cases import Case, find_cases
+from samadapt.data.cases import FINAL, Case, find_cases
 from samadapt.errors import SamAdaptError, UnavailableError
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 ALWAYS = frozenset({"descriptor", "slice_descriptors", "examination", "label_dice"})
 """What is gathered of every case whatever the strategy; the rest only once a strategy has asked for it."""
+
+AHEAD = 4
+"""So many cases are ranked beyond those that somebody has. To rank all would take seconds among thousands, and
+strategies that look for variety would have to tell all apart instead of finding the typical ones."""
 
 ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
 
@@ -51,6 +56,8 @@ class Outlook:
         self._needs = set(ALWAYS)
         self._unreadable: dict[str, str] = {}
         self._order: list[str] = []
+        self._cases: dict[str, Case] = {}
+        self._cases_of: tuple[int, ...] = ()
 
     # ---- while nobody waits
 
@@ -69,7 +76,8 @@ class Outlook:
         case = self._labelled_case(image) if trained else None
         needs = self._needs if case else self._needs - {"label_dice"}
         path, label_file = Path(self._datastore().image_path(image)), case.label if case else None
-        if not self._survey.missing(image, path, version, needs, label_file):
+        missing = self._survey.missing(image, path, version, needs, label_file)
+        if not missing:
             return
         volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
@@ -80,6 +88,7 @@ class Outlook:
             volume=volume,
             model=served.model if trained else None,
             version=version,
+            earlier=self._models.earlier(EARLIER) if "spread" in missing else (),
             cache=self._models.cache,
             label=label,
             label_file=label_file,
@@ -101,10 +110,11 @@ class Outlook:
         """
         with self._lock:
             self._needs |= strategy.needs
-            for proposal in self._rank(strategy, client):
-                if self._readable(proposal.id):
-                    self.leases.take(proposal.id, client)
-                    return self._answer(strategy, proposal)
+            while proposals := self._rank(strategy, client):
+                for proposal in proposals:
+                    if self._readable(proposal.id):
+                        self.leases.take(proposal.id, client)
+                        return self._answer(strategy, proposal)
         return None
 
     def why_nothing(self) -> str:
@@ -144,7 +154,8 @@ class Outlook:
 
     # ----
 
-    def _rank(self, strategy: Strategy, client: str | None) -> Iterable[Proposal]:
+    def _rank(self, strategy: Strategy, client: str | None) -> list[Proposal]:
+        """Some of the best cases that ``client`` may be given; none where there is none."""
         store = self._datastore()
         unlabelled = [case for case in store.get_unlabeled_images() if case not in self._unreadable]
         labelled = store.get_labeled_images()
@@ -155,10 +166,10 @@ class Outlook:
             names,
             self._seed + len(labelled),
         )
-        ranking = strategy.rank(every, len(unlabelled) + len(labelled))
+        ranking = [one for one in strategy.rank(every, self.leases.count() + AHEAD) if one.id not in self._unreadable]
         self._order = [proposal.id for proposal in ranking]
-        free = set(self.leases.free(self._order, client))
-        return [proposal for proposal in ranking if proposal.id in free]
+        proposals = {proposal.id: proposal for proposal in ranking}
+        return [proposals[case] for case in self.leases.free(self._order, client)]
 
     def _answer(self, strategy: Strategy, proposal: Proposal) -> dict[str, Any]:
         answer = {
@@ -186,8 +197,7 @@ class Outlook:
         if path is None:  # of a PACS that nobody has looked at; it is not fetched for this
             return Candidate(image)
         version = self._models.version()
-        proposals = self._datastore().get_image_info(image).get("strategy", {}).values()
-        proposed = max((float(one.get("ts", 0)) for one in proposals), default=0.0)
+        proposed = self._datastore().last_proposed(image)
         label = self._datastore().local_label(image)
         return self._survey.candidate(image, path, None if version == PLAIN else version, proposed, label)
 
@@ -195,4 +205,12 @@ class Outlook:
         """The image with its final label, None where it has none."""
         if self._datastore().local_label(image) is None:
             return None
-        return next((case for case in find_cases(self._studies) if case.id == image and case.label), None)
+        if (times := self._times()) != self._cases_of:
+            self._cases, self._cases_of = {case.id: case for case in find_cases(self._studies)}, times
+        case = self._cases.get(image)
+        return case if case and case.label else None
+
+    def _times(self) -> tuple[int, ...]:
+        """When images, labels and what is known of them last changed."""
+        folders = (self._studies, self._studies / "labels", self._studies / "labels" / FINAL)
+        return tuple(path.stat().st_mtime_ns for path in folders if path.exists())

@@ -111,7 +111,8 @@ class TrainSamAdapt(TrainTask):
         if _about_to_start(status):
             return {**record, "epoch": 0, "message": "starting", "state": "running"}
         elapsed = str(datetime.timedelta(seconds=int(status.get("seconds", 0))))
-        record["current_time" if record["state"] == "running" else "total_time"] = elapsed
+        # A training that has written its last record takes a moment to end; its bar stays full that long.
+        record["current_time" if record["state"] == "running" or asked_for() else "total_time"] = elapsed
         if status.get("loss") is not None:
             record["train"] = {"metrics": {"loss": status["loss"]}}
         if status:

@@ -13,7 +13,7 @@ import numpy as np
 from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
-from samadapt.data.labels import LabelMap
+from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.errors import WeightsError
@@ -99,10 +99,10 @@ def compare_clicks(
     plain = recipes.build(recipes.PLAIN, labels, config.backbone, config.weights, config.image_size)
     plain = plain.to(next(model.parameters()).device)
     started, scores = time.monotonic(), []
-    for volume, wanted in _objects(cases, labels):
+    for volume, wanted, left_out in _objects(cases, labels):
         axis = volume.geometry.acquisition_axis
-        index = widest_slice(wanted, axis)
-        scores.append([simulate_clicks(rival, volume, wanted, axis, index, 1)[0] for rival in (model, plain)])
+        place = (axis, widest_slice(wanted, axis))
+        scores.append([simulate_clicks(rival, volume, wanted, *place, 1, left_out)[0] for rival in (model, plain)])
         report(len(scores), CLICKED_OBJECTS)
         if len(scores) == CLICKED_OBJECTS or time.monotonic() - started > CLICKED_SECONDS:
             break
@@ -250,11 +250,14 @@ def _load_on_its_base(path: Path, config: AppConfig) -> AdaptedModel | None:
     return None
 
 
-def _objects(cases: Sequence[Case], labels: LabelMap) -> Iterator[tuple[Volume, np.ndarray]]:
-    """Volumes with one class each, bool (I,J,K): first one class of every case, in turn, then the next ones."""
+def _objects(cases: Sequence[Case], labels: LabelMap) -> Iterator[tuple[Volume, np.ndarray, np.ndarray]]:
+    """Volumes with one class each, bool (I,J,K): first one class of every case, in turn, then the next ones.
+
+    And where nobody has labelled, bool (I,J,K).
+    """
     for shift in range(len(labels)):
         for number, case in enumerate(cases):
             volume, truth, _ = read_case(case, labels)
             wanted = truth == 1 + (number + shift) % len(labels)
             if wanted.any():
-                yield volume, wanted
+                yield volume, wanted, truth == IGNORE
