@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import pydicom
@@ -261,11 +262,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
+    """Time of change and size; None for what is gone or no plain file (to open a pipe would take for ever)."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    return (stat.st_mtime_ns, stat.st_size) if S_ISREG(stat.st_mode) else None
 
 
 def _row(path: Path, modified: int, size: int) -> tuple[Any, ...] | None:
