@@ -201,6 +201,15 @@ def test_frames_of_a_binary_segmentation_begin_with_a_byte_each(tmp_path):
         assert (bits.reshape(5, 5) == frames[number - 1]).all()
 
 
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [("Berg^Bo", 1), ("berg^b?", 1), ("Bo", 0), ("[Bb]erg*", 0), ("Müller*", 0), ("*^B*", 1), ("Berg*^*x", 0)],
+)
+def test_names_are_compared_as_dicom_has_it(embedded, wanted, found):
+    """Encoded in the query, which Orthanc 1.10 does not take."""
+    assert len(DICOMwebClient(embedded.url).search_for_studies(search_filters={"PatientName": wanted})) == found
+
+
 @pytest.mark.parametrize("query", ["limit=-1", "offset=x", "FrobnicationTime=3", "PixelData=1", "0018FFFF=1"])
 def test_a_query_that_cannot_be_answered_is_refused_with_a_remedy(query):
     with pytest.raises(InputError) as refused:
@@ -295,5 +304,5 @@ def test_new_files_are_found_when_the_study_list_is_asked_for_again(folder, monk
 
 
 def test_parts_are_read_as_they_were_written():
-    contents = [b"", b"\r\n", b"--b", bytes(range(256))]
+    contents = [b"\r\n", b"a\r\n\r\n--", bytes(range(256)), b"DICM\r\n"]
     assert [part for _, part in multipart.parts(body(*contents), DICOM)] == contents
