@@ -293,6 +293,20 @@ def test_long_vendor_attributes_are_named_by_an_address_that_has_them(embedded, 
     assert content == bytes(range(256)) * 20
 
 
+def test_values_longer_than_the_standard_allows_are_shown(folder):
+    for path in files(folder):
+        data = dcmread(path)
+        data.StudyID = "a study id of 25 letters."
+        data.save_as(path)
+    running = Embedded(folder).start()
+    try:
+        client = DICOMwebClient(running.url)
+        assert client.retrieve_study_metadata("1.2.3")[0]["00200010"]["Value"] == ["a study id of 25 letters."]
+        assert client.search_for_studies()[0]["00200010"]["Value"] == ["a study id of 25 letters."]
+    finally:
+        running.stop()
+
+
 def test_new_files_are_found_when_the_study_list_is_asked_for_again(folder, monkeypatch):
     monkeypatch.setattr("samadapt.dicomweb.app.LOOK_AGAIN_S", 0.0)
     archive = indexed(folder)
