@@ -65,6 +65,9 @@ def find_cases(studies: str | Path) -> list[Case]:
       values, and what a label covers, in ``datastore_v2.json``;
     - plain: ``images/`` and ``labels/`` with the same names, or images in the folder itself and ``labels/``.
 
+    A DICOM folder without such a label is labelled by the latest SEG or RTSTRUCT inside it, if there is one, with the
+    names in it.
+
     Hidden files and folders are ignored. Where one id has several files, the one that the datastore names wins, else
     the first by suffix (.nii.gz before .nii before .nrrd ...).
 
@@ -81,13 +84,18 @@ def find_cases(studies: str | Path) -> list[Case]:
     datastore = _datastore(studies)
     images = _images(studies, datastore)
     labels = _labels(studies, datastore, images)
+    drawn = {case_id: found for case_id, image in images.items() if case_id not in labels and (found := _drawn(image))}
     patients = _patients(studies)
     return [
         Case(
             id=case_id,
             image=image,
-            label=labels.get(case_id),
-            values=_submitted(studies, datastore, case_id, _values) if case_id in labels else None,
+            label=labels.get(case_id) or drawn.get(case_id),
+            values=_names_drawn(drawn[case_id])
+            if case_id in drawn
+            else _submitted(studies, datastore, case_id, _values)
+            if case_id in labels
+            else None,
             patient=patients.get(case_id) or _patient(case_id, image),
             coverage=_submitted(studies, datastore, case_id, Coverage.from_info) if case_id in labels else UNSAID,
         )
@@ -127,6 +135,21 @@ def _labels(studies: Path, datastore: Mapping[str, Any], images: Mapping[str, Pa
         if final and image_suffix(named.name) and named.is_file():
             found[case_id] = named
     return {case_id: path for case_id, path in found.items() if case_id in images and _may_be_label(path)}
+
+
+def _drawn(image: Path) -> Path | None:
+    """The latest SEG or RTSTRUCT that lies in the folder of a DICOM series."""
+    if not image.is_dir():
+        return None
+    from samadapt.data.dicom_label_file import latest_label  # its libraries take a second to import
+
+    return latest_label(image)
+
+
+def _names_drawn(label: Path) -> dict[int, str]:
+    from samadapt.data.dicom_label_file import names_of
+
+    return names_of(label)
 
 
 def _may_be_label(path: Path) -> bool:

@@ -334,6 +334,15 @@ def _sum_by_name(extra: Mapping[int, str], counts: Mapping[int, int]) -> dict[st
     return dict(total)
 
 
+def values_in(mask: np.ndarray) -> set[int]:
+    """The values that a label holds."""
+    if mask.size and mask.max() < 65536:
+        seen = np.zeros(65536, bool)
+        seen[mask.ravel(order="K")] = True
+        return set(np.flatnonzero(seen).tolist())
+    return set(np.unique(mask).tolist())
+
+
 def _count(mask: np.ndarray) -> dict[int, int]:
     """Voxels per value. Counting is many times faster than sorting, but only small values fit into a table."""
     if mask.size and mask.max() < 65536:

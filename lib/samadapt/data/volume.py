@@ -16,12 +16,12 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its customary name
 from PIL import Image
 
-from samadapt.data.dicom import is_dicom, read_series
+from samadapt.data.dicom import Series, is_dicom, read_series
 from samadapt.data.geometry import LPS_FROM_RAS, Geometry, turn_to
 from samadapt.errors import InputError
 from samadapt.files import atomic_path
 
-__all__ = ["Geometry", "Volume", "image_suffix", "read_label", "read_volume", "write_mask"]
+__all__ = ["Geometry", "Volume", "image_suffix", "read_label", "read_volume", "write_image", "write_mask"]
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -30,6 +30,7 @@ LOSSY = (".jpg", ".jpeg")
 SUFFIXES = NIFTI + ITK + PICTURES
 """Endings of the image files that :func:`read_volume` reads (DICOM files are known by their content)."""
 
+_MODALITY = "modality="
 _READABLE = "NIfTI (.nii, .nii.gz), NRRD, MHA, PNG, JPEG, TIFF, BMP, or a folder with one DICOM series"
 _AGAIN = "Open it in a viewer to check it; if it was copied or downloaded, do that again."
 
@@ -109,7 +110,9 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray:
-    """Read a label image: (I, J, K), uint8, uint16 or int32, whichever holds the largest value.
+    """Read a label: (I, J, K), uint8, uint16 or int32, whichever holds the largest value.
+
+    A DICOM SEG or RTSTRUCT needs ``geometry``, the grid of the series that it was drawn on.
 
     Args:
         geometry: the image's grid. A label on the same grid with other axis order or direction is turned to it;
@@ -120,6 +123,8 @@ def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray
     """
     path = Path(path)
     _refuse_lossy(path)
+    if geometry is not None and path.is_file() and is_dicom(path):
+        return _read_drawn(path, geometry)
     raw = _read_indices(path) if _is_picture(path) else _read(path)
     values = _whole_numbers(raw.array, path)
     if geometry is None or raw.geometry.matches(geometry):
@@ -133,6 +138,14 @@ def read_label(path: str | Path, geometry: Geometry | None = None) -> np.ndarray
         where=path,
         remedy="Save the label on the image's own grid (in Slicer: set the image as reference geometry).",
     )
+
+
+def _read_drawn(path: Path, geometry: Geometry) -> np.ndarray:
+    """A SEG or RTSTRUCT on the grid of its series."""
+    from samadapt.data.dicom_label_file import read_label_object  # its libraries take a second to import
+
+    with _damage_named(path):
+        return read_label_object(path, geometry).mask
 
 
 def write_mask(
@@ -168,6 +181,23 @@ def write_mask(
             _write_nrrd(temporary, values, geometry, names, "gzip" if compress else "raw")
         else:
             _write_png(temporary, values, path)
+
+
+def write_image(path: str | Path, series: Series) -> None:
+    """Write a DICOM series as ``.nii``, so that :func:`read_volume` gives the same voxels, grid and modality again.
+
+    Whole numbers are stored with two bytes, which every viewer reads; nothing is compressed, so that it opens quickly.
+    """
+    array = series.array
+    if array.ndim == 4:
+        array = np.ascontiguousarray(array).view([(name, np.uint8) for name in "RGB"])[..., 0]
+    else:
+        array = _as_int16(array)
+    image = nib.Nifti1Image(array, series.affine)
+    _place_nifti(image, Geometry(_shape3(series.array), series.affine))
+    image.header["descrip"] = f"{_MODALITY}{series.modality}".encode()[:79]
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
 
 
 def looks_like_ct(values: np.ndarray) -> bool:
@@ -234,11 +264,18 @@ def _read_nifti(path: Path) -> _Raw:
     if not isinstance(image, nib.Nifti1Image):
         raise InputError(f"named as NIfTI but holds {type(image).__name__}", where=path, remedy="Save it as NIfTI.")
     array = np.asanyarray(image.dataobj)
+    modality = _nifti_modality(image)
     if array.dtype.names is not None:
         array = np.stack([array[name] for name in "RGB"], axis=-1)
-        return _Raw(_three_axes(array, path, channels=1), _geometry(array.shape[:-1], _nifti_affine(image)))
+        return _Raw(_three_axes(array, path, channels=1), _geometry(array.shape[:-1], _nifti_affine(image)), modality)
     array = _three_axes(array, path, channels=0)
-    return _Raw(array, Geometry(_shape3(array), _nifti_affine(image)))
+    return _Raw(array, Geometry(_shape3(array), _nifti_affine(image)), modality)
+
+
+def _nifti_modality(image: nib.Nifti1Image) -> str | None:
+    """What :func:`write_image` has noted; NIfTI has no field of its own for it."""
+    text = bytes(image.header["descrip"]).decode("latin-1") if "descrip" in image.header else ""
+    return text[len(_MODALITY) :].strip("\x00 ") or None if text.startswith(_MODALITY) else None
 
 
 def _nifti_affine(image: nib.Nifti1Image) -> np.ndarray:
@@ -433,15 +470,32 @@ def _storable(mask: np.ndarray, path: Path) -> np.ndarray:
 
 def _write_nifti(path: Path, mask: np.ndarray, geometry: Geometry, names: dict[int, str] | None) -> None:
     image = nib.Nifti1Image(mask, geometry.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(geometry.affine, code=1)
-    # A qform cannot express shear; then the sform alone says where the voxels lie.
-    image.set_qform(geometry.affine, code=0 if _is_sheared(geometry) else 1)
+    _place_nifti(image, geometry)
     image.header.set_intent("label")
     if names:
         comment = nib.nifti1.Nifti1Extension("comment", json.dumps(names).encode())
         image.header.extensions.append(comment)
     nib.save(image, path)
+
+
+def _place_nifti(image: nib.Nifti1Image, geometry: Geometry) -> None:
+    image.header.set_xyzt_units("mm")
+    image.set_sform(geometry.affine, code=1)
+    # A qform cannot express shear; then the sform alone says where the voxels lie.
+    image.set_qform(geometry.affine, code=0 if _is_sheared(geometry) else 1)
+
+
+def _as_int16(array: np.ndarray) -> np.ndarray:
+    """(I, J, K) with two bytes a voxel, or as it is where that would change a value."""
+    whole = np.empty(array.shape, np.int16, order="F")
+    for k in range(array.shape[2]):  # slice by slice, because volumes are large
+        plane = array[:, :, k]
+        if plane.min() < -32768 or plane.max() > 32767:
+            return array
+        whole[:, :, k] = plane
+        if (whole[:, :, k] != plane).any():
+            return array
+    return whole
 
 
 def _is_sheared(geometry: Geometry) -> bool:

@@ -25,6 +25,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from samadapt.data.dicom import is_dicom
 from samadapt.dicomweb.frames import check_complete
+from samadapt.dicomweb.metadata import attributes
 from samadapt.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ def _row(path: Path, modified: int, size: int) -> tuple[Any, ...] | None:
     if header is None:
         return None
     uids = [str(header[name].value) for name in UIDS]
-    text = json.dumps(header.to_json_dict(suppress_invalid_tags=True))
+    text = json.dumps(attributes(header))
     return (str(path), modified, size, *uids, str(header.get("Modality") or ""), text, None, None)
 
 

@@ -26,7 +26,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints, origins, proxy, threads, versions
+from samadapt.server import endpoints, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
         (datastore, "update_label_info"),
     ):
         setattr(module, name, _with_json_object(getattr(module, name)))
+    datastore.download_image = _once_here(datastore.download_image, app)
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
@@ -56,6 +57,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     server.add_exception_handler(MONAILabelException, _answer_host)
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
+    submissions.install(server, app)
     proxy.install()
     threads.install(server)
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
@@ -68,7 +70,8 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SamAdaptError)
     log = logger.warning if error.http_status < 500 else logger.error
     log("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse(error.to_dict(), status_code=error.http_status)
+    later = {"Retry-After": "5"} if error.http_status == 503 else None
+    return JSONResponse(error.to_dict(), status_code=error.http_status, headers=later)
 
 
 async def _answer_host(request: Request, error: Exception) -> JSONResponse:
@@ -95,6 +98,17 @@ def _with_json_object(handler: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(value, dict):
             raise InputError(f"{text!r} is no JSON object", where=field, remedy='Send an object such as {"a": 1}.')
         return handler(*args, **kwargs)
+
+    return checked
+
+
+def _once_here(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
+    """Let whoever downloads an image wait until the PACS has sent it; an unknown id is said to be one."""
+
+    @functools.wraps(handler)
+    def checked(image: str, *args: Any, **kwargs: Any) -> Any:
+        app.datastore().image_path(image)
+        return handler(image, *args, **kwargs)
 
     return checked
 

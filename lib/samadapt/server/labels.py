@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class LabelSource:
         self._written = studies / "labels.json"
         self._learned = project.root / "labels.json"
         self._project = project
+        self._learning = threading.Lock()
 
     def current(self) -> LabelMap | None:
         """The label map, or None as long as nobody has named a structure."""
@@ -66,6 +68,10 @@ class LabelSource:
         """Append names that are new, unless a person has written the label map down."""
         if self._configured or self._written.is_file():
             return
+        with self._learning:
+            self._append(names)
+
+    def _append(self, names: Iterable[str]) -> None:
         known = self.current()
         found = {same_name(name): name for name in (known.names if known else ())}
         before = len(found)
