@@ -48,6 +48,7 @@ class Server:
                 return self
             except requests.RequestException:
                 time.sleep(0.2)
+        self.kill()
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
     def stop(self):

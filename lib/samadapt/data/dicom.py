@@ -103,7 +103,9 @@ class _Plane:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file carries DICOM's mark (``DICM`` after 128 bytes)."""
+    """Whether it is a file with DICOM's mark (``DICM`` after 128 bytes)."""
+    if not path.is_file():  # to open a pipe would take for ever
+        return False
     try:
         with open(path, "rb") as handle:
             return handle.read(132)[128:] == b"DICM"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pydicom
 import uvicorn
 from tqdm import tqdm
 
@@ -32,6 +33,9 @@ def main() -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((HOST, arguments.port))
     listening.listen(128)  # from here on who connects waits for the answer instead of being turned away
+    # Real files break small rules, above all those on lengths. Their values are shown as they are, not left out.
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
     archive = Archive(arguments.folder, _progress())
     archive.look_in_background()
     config = uvicorn.Config(application(archive), log_level="warning", access_log=False)

@@ -254,7 +254,9 @@ def _storage(archive: Archive) -> APIRouter:
 
 
 def _root(request: Request) -> str:
-    return f"{str(request.base_url).rstrip('/')}{ROOT}"
+    """This server's address. Not by the Host header: dicomweb_client leaves the port out of that."""
+    host, port = request.scope["server"]
+    return f"http://{host}:{port}{ROOT}"
 
 
 def _json(value: Any, status: int = 200) -> Response:

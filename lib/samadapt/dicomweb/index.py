@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import pydicom
@@ -24,6 +25,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from samadapt.data.dicom import is_dicom
 from samadapt.dicomweb.frames import check_complete
+from samadapt.dicomweb.metadata import attributes
 from samadapt.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -261,11 +263,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
+    """Time of change and size; None for what is gone or no plain file (to open a pipe would take for ever)."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    return (stat.st_mtime_ns, stat.st_size) if S_ISREG(stat.st_mode) else None
 
 
 def _row(path: Path, modified: int, size: int) -> tuple[Any, ...] | None:
@@ -282,7 +285,7 @@ def _row(path: Path, modified: int, size: int) -> tuple[Any, ...] | None:
     if header is None:
         return None
     uids = [str(header[name].value) for name in UIDS]
-    text = json.dumps(header.to_json_dict(suppress_invalid_tags=True))
+    text = json.dumps(attributes(header))
     return (str(path), modified, size, *uids, str(header.get("Modality") or ""), text, None, None)
 
 

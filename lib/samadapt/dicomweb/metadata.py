@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from samadapt.errors import NotFoundError
+
+logger = logging.getLogger(__name__)
 
 ROOT = "@root@"
 """Stands for the server's own address in what ``describe`` returns, which is kept for longer than an address lasts."""
@@ -29,9 +32,23 @@ def describe(path: Path) -> str:
     base = (
         f"{ROOT}/studies/{header.StudyInstanceUID}/series/{header.SeriesInstanceUID}/instances/{header.SOPInstanceUID}"
     )
-    value = header.to_json_dict(suppress_invalid_tags=True)
+    value = attributes(header)
     _refer(value, f"{base}/bulkdata")
     return json.dumps(_finite(value), separators=(",", ":"))
+
+
+def attributes(dataset: Dataset) -> dict[str, Any]:
+    """DICOM JSON of a dataset, without attributes that have no value in it (a number that is none, for instance).
+
+    pydicom's own ``suppress_invalid_tags`` also leaves out what is only longer than the standard allows.
+    """
+    value: dict[str, Any] = {}
+    for tag in list(dataset.keys()):
+        try:
+            value[f"{int(tag):08X}"] = dataset[tag].to_json_dict(None, 0)
+        except Exception as error:  # pydicom raises almost anything
+            logger.debug("%s is left out: %s", tag, error)
+    return value
 
 
 def bulkdata(path: Path, place: str) -> bytes:

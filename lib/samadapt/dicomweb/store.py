@@ -69,7 +69,9 @@ def store(contents: Iterable[bytes], folder: Path, index: Index, root: str, stud
     for content in contents:
         read = None
         try:
-            read = _checked(content, study)
+            read = _checked(content)
+            if study is not None and read.StudyInstanceUID != study:
+                raise RefusedError(WRONG_STUDY, f"{read.SOPInstanceUID} is of another study: {read.StudyInstanceUID}")
             path = _write(content, read, folder, index)
             written += [path] if path else []
             address = f"{root}/studies/{read.StudyInstanceUID}/series/{read.SeriesInstanceUID}/instances"
@@ -100,7 +102,7 @@ def _named(read: Dataset) -> dict[str, Any]:
     )
 
 
-def _checked(content: bytes, study: str | None) -> FileDataset:
+def _checked(content: bytes) -> FileDataset:
     try:
         handle = io.BytesIO(content)
         read = pydicom.dcmread(handle, stop_before_pixels=True)
@@ -114,8 +116,6 @@ def _checked(content: bytes, study: str | None) -> FileDataset:
         raise
     except Exception as error:  # pydicom raises almost anything on what is no DICOM file
         raise RefusedError(NOT_UNDERSTOOD, f"no DICOM file ({type(error).__name__}: {error})") from error
-    if study is not None and read.StudyInstanceUID != study:
-        raise RefusedError(WRONG_STUDY, f"{read.SOPInstanceUID} is of another study: {read.StudyInstanceUID}")
     return read
 
 
