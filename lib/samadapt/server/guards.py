@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -25,7 +26,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints, versions
+from samadapt.server import endpoints, ohif, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     server.add_exception_handler(MONAILabelException, _answer_host)
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
+    ohif.install(server, Path(app.app_dir))
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
     _warn_if_public()
 

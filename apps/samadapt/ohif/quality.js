@@ -1,0 +1,28 @@
+// What a mask is probably worth: Dice by structure, and the slices in which the model is least sure.
+
+import { button, element } from './dom.js';
+import { jumpToSlice } from './viewer.js';
+
+/** @param {?{dice: Object, error: Object, mean: ?number, unsure: number[]}} quality of the reply; null: nothing known */
+export function showQuality(node, quality) {
+  node.replaceChildren();
+  if (!quality) return;
+  const rows = Object.entries(quality.dice).map(([name, dice]) =>
+    element(
+      'tr',
+      {},
+      element('th', { scope: 'row', textContent: name }),
+      element('td', { textContent: `${dice.toFixed(2)} ± ${quality.error[name].toFixed(2)}` })
+    )
+  );
+  if (rows.length) node.append(element('table', {}, element('caption', { textContent: 'Expected Dice' }), ...rows));
+  if (quality.unsure.length) node.append(sliceButtons('Least sure', quality.unsure));
+}
+
+/** A row of buttons that jump to slices, counted from 1 as OHIF counts. */
+export function sliceButtons(title, slices) {
+  const jumps = slices.map((k) =>
+    button(String(k + 1), async () => jumpToSlice(k), { 'aria-label': `Go to slice ${k + 1}` })
+  );
+  return element('div', { className: 'samadapt-row', role: 'group', 'aria-label': title }, `${title}: `, ...jumps);
+}
