@@ -1,0 +1,82 @@
+"""``python -m samadapt.dicomweb FOLDER``: the folder over DICOMweb on the loopback interface, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from tqdm import tqdm
+
+from samadapt.dicomweb.app import ROOT, Archive, application
+
+logger = logging.getLogger("samadapt.dicomweb")
+
+HOST = "127.0.0.1"
+LINE_EVERY_S = 5.0
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[dicomweb] %(levelname)s %(message)s")
+    if not arguments.folder.is_dir():
+        sys.exit(f"{arguments.folder}: no such folder. Name the folder that holds the DICOM files.")
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((HOST, arguments.port))
+    listening.listen(128)  # from here on who connects waits for the answer instead of being turned away
+    archive = Archive(arguments.folder, _progress())
+    archive.look_in_background()
+    config = uvicorn.Config(application(archive), log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    if arguments.parent:
+        threading.Thread(target=_end_with, args=(arguments.parent, server), daemon=True).start()
+    print(f"http://{HOST}:{listening.getsockname()[1]}{ROOT}", flush=True)
+    server.run(sockets=[listening])
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m samadapt.dicomweb", description=__doc__)
+    made.add_argument("folder", type=Path)
+    made.add_argument("--port", type=int, default=0, help="default: any free one; the address is printed")
+    made.add_argument("--parent", type=int, help="end when this process, which has started this one, has ended")
+    return made
+
+
+def _end_with(parent: int, server: uvicorn.Server) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    server.should_exit = True
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A bar where standard error is a terminal, a line every few seconds where it is a log; nothing for small work."""
+    started = said = time.monotonic()
+    bar: tqdm | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, said, started
+        now = time.monotonic()
+        if bar is None and sys.stderr.isatty() and now - started > 1 and done < total:
+            bar = tqdm(total=total, unit="file", desc="DICOM files", file=sys.stderr)
+        if bar is not None:
+            bar.update(done - bar.n)
+        elif now - said > LINE_EVERY_S and done < total:
+            said = now
+            logger.info("%d of %d files are indexed", done, total)
+        if done == total and bar is not None:
+            bar.close()
+            bar = None
+
+    return show
+
+
+if __name__ == "__main__":
+    main()
