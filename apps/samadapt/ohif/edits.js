@@ -1,10 +1,21 @@
-// Which slices somebody has changed since the label was submitted last, or since a model put its mask there.
+// Which slices somebody has changed since the label was submitted last, apart from what a model put there.
 
-let baseline = null;
+let baseline = new Uint8Array(0);
+let edited = [];
 
 /** From here on, changes count from these voxels. */
 export function startFrom(voxels) {
   baseline = voxels;
+  edited = [];
+}
+
+/** A model's mask has come: it is no edit, except in slices that somebody had changed before. */
+export function takeModelMask(voxels, dimensions) {
+  const size = dimensions[0] * dimensions[1];
+  const before = comparable(voxels);
+  const next = Uint8Array.from(voxels);
+  for (const k of edited) next.set(before.subarray(k * size, (k + 1) * size), k * size);
+  baseline = next;
 }
 
 /**
@@ -14,15 +25,29 @@ export function startFrom(voxels) {
  */
 export function editedSlices(voxels, dimensions) {
   const size = dimensions[0] * dimensions[1];
-  const before = baseline?.length === voxels.length ? baseline : new Uint8Array(voxels.length);
-  const edited = [];
-  for (let k = 0; k < dimensions[2]; k++) {
-    for (let n = k * size; n < (k + 1) * size; n++) {
-      if (voxels[n] !== before[n]) {
-        edited.push(k);
-        break;
-      }
-    }
-  }
+  const before = comparable(voxels);
+  const differs = (k) => {
+    for (let n = k * size; n < (k + 1) * size; n++) if (voxels[n] !== before[n]) return true;
+    return false;
+  };
+  edited = [...Array(dimensions[2]).keys()].filter(differs);
   return edited;
+}
+
+function comparable(voxels) {
+  return baseline.length === voxels.length ? baseline : new Uint8Array(voxels.length);
+}
+
+const BUNDLED_SEGMENTS = /\/infer\/samadapt\?/;
+
+/**
+ * Call `listener` when the bundled panel has fetched a mask of the whole volume; it shows it right afterwards.
+ * That panel offers no event for this, but its requests are XMLHttpRequests and ours are not.
+ */
+export function whenBundledFetches(listener) {
+  const observer = new PerformanceObserver((list) => {
+    const its = (entry) => entry.initiatorType === 'xmlhttprequest' && BUNDLED_SEGMENTS.test(entry.name);
+    if (list.getEntries().some(its)) listener();
+  });
+  observer.observe({ type: 'resource' });
 }

@@ -29,9 +29,13 @@ function checkSize(sizes) {
   if (sizes.join() !== [...shown].join()) throw new Error(`the mask has ${sizes} voxels, the series ${shown}`);
 }
 
-/** Every learned structure in the whole volume: replaces the mask. @returns {Promise<Object>} the reply's params */
+/**
+ * Every learned structure in the whole volume: takes the mask's place, unless nothing was learned yet.
+ * @returns {Promise<Object>} the reply's params, and `mask` where there is one
+ */
 export async function segmentAll() {
   const reply = await infer('samadapt', {});
+  if (!reply.params.model_version) return reply.params;
   const table = new Uint8Array(256);
   for (const [name, value] of Object.entries(reply.params.label_names)) table[value] = viewer.addStructure(name);
   const mask = reply.voxels.map((value) => table[value]);

@@ -1,7 +1,7 @@
 // Label: structures, brush, clicks, the model's mask with its worth, and the submission.
 
 import { button, element, field, section } from './dom.js';
-import { editedSlices, startFrom } from './edits.js';
+import { editedSlices, startFrom, takeModelMask, whenBundledFetches } from './edits.js';
 import { segmentAll } from './inference.js';
 import { pointer } from './pointer.js';
 import { showQuality } from './quality.js';
@@ -33,15 +33,32 @@ export function labelSection(status) {
     structures.refresh();
     scope.refresh();
   };
+  watchBundled(scope.refresh);
   return { node, refresh };
 }
 
 async function segment(status, quality) {
+  if (hasUnsent() && !window.confirm('The model’s mask takes the place of changes that were not submitted. Go on?')) return;
   status.say('The model looks at the series …');
   const { mask, message, quality: worth, model_version: version } = await segmentAll();
-  startFrom(mask);
+  if (mask) startFrom(mask);
   showQuality(quality, worth);
-  status.say([version ? `Mask of ${version}.` : '', message || ''].join(' '));
+  status.say([version ? `Mask of ${version}.` : '', message || ''].join(' ').trim());
+}
+
+/** Slices where only the bundled panel's model has drawn are not edited. */
+function watchBundled(refresh) {
+  let fetched = false;
+  whenBundledFetches(() => {
+    fetched = true;
+    setTimeout(take, 300);
+  });
+  const take = () => {
+    if (!fetched || !viewer.maskVolume()) return;
+    fetched = false;
+    takeModelMask(viewer.voxels(), viewer.maskVolume().dimensions);
+    refresh();
+  };
 }
 
 // ---- structures
@@ -66,7 +83,7 @@ function structureChoice(status) {
     'div',
     {},
     field('Structure', select),
-    element('div', { className: 'samadapt-row' }, field('New', name), button('Add', async () => add()))
+    element('div', { className: 'samadapt-add' }, field('New', name), button('Add', async () => add()))
   );
   return { node, refresh, value: () => Number(select.value) };
 }
@@ -85,15 +102,16 @@ function refreshStructures(select) {
 
 function toolButtons() {
   const row = element('div', { className: 'samadapt-row', role: 'group', 'aria-label': 'Left mouse button' });
+  const size = element('input', { type: 'range', min: 1, max: 40, value: 8 });
   for (const [text, tool] of Object.entries(TOOLS)) {
     const made = button(text, async () => {
       viewer.useTool(tool);
+      viewer.setBrushSize(Number(size.value));
       for (const other of row.children) other.setAttribute('aria-pressed', String(other === made));
     });
     made.setAttribute('aria-pressed', 'false');
     row.append(made);
   }
-  const size = element('input', { type: 'range', min: 1, max: 40, value: 8 });
   size.addEventListener('input', () => viewer.setBrushSize(Number(size.value)));
   return element('div', {}, row, field('Brush size', size));
 }
@@ -153,6 +171,7 @@ export function hasUnsent() {
 
 function readyMask() {
   if (!viewer.maskVolume()) throw new Error('there is no mask yet; connect, or reload the page');
+  viewer.keepNames();
   if (!viewer.maskFits()) throw new Error('the mask belongs to another series; open that one again, or reload the page');
   return viewer.voxels();
 }

@@ -11,7 +11,7 @@ const LOOK_MS = 500;
 const CORNER_AFTER_MS = 15000;
 
 // The bundled panel takes its server's address from here, and would look at port 8000 otherwise.
-document.cookie = `MONAILABEL_SERVER_URL=${escape(BASE.href)}; path=/ohif; SameSite=Strict`;
+document.cookie = `MONAILABEL_SERVER_URL=${encodeURIComponent(BASE.href)}; path=/ohif; SameSite=Strict`;
 document.head.append(element('link', { rel: 'stylesheet', href: new URL('panel.css', import.meta.url).href }));
 
 const panel = makePanel();
@@ -49,6 +49,7 @@ function place() {
 /** Connect the bundled panel, which makes the segmentation, and tell ours which series is on the screen. */
 function follow() {
   if (!viewer.maskVolume()) return connect();
+  viewer.keepNames();
   if (!listening) {
     listening = true;
     viewer.whenMaskChanges(() => requestAnimationFrame(panel.masked));
@@ -56,7 +57,7 @@ function follow() {
   const { SeriesInstanceUID: series } = viewer.shownSeries();
   if (series === shown) return undefined;
   shown = series;
-  return panel.shown();
+  return panel.shown(series);
 }
 
 let connected = null;

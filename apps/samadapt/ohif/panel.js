@@ -4,6 +4,7 @@ import { element } from './dom.js';
 import { labelSection } from './label.js';
 import { modelsSection } from './models.js';
 import { samplesSection } from './samples.js';
+import { fetchSeries } from './series.js';
 import { requestJson, whenSlow } from './server.js';
 import { trainingSection } from './training.js';
 
@@ -34,9 +35,12 @@ export function makePanel() {
     if (ended || poll.first()) await models.refresh();
     return running;
   });
-  const shown = () => {
+  let series = null;
+  const shown = (uid) => {
+    series = uid;
     label.refresh();
     samples.arrive();
+    return fetchSeries(uid, status, () => series === uid).catch(status.fail);
   };
   return { node, start: poll.start, stop: poll.stop, shown, masked: label.refresh };
 }

@@ -85,6 +85,35 @@ export function structures() {
   return new Map([...found].sort((a, b) => a[0] - b[0]));
 }
 
+let held = { image: null, names: new Map() };
+
+/**
+ * Keep the name of every value. Connecting again numbers the bundled panel's structures anew, in alphabetical order,
+ * while the voxels stay as they are; so names that a value had are given back, and names that are new get free values.
+ */
+export function keepNames() {
+  const own = segmentation();
+  const image = own?.representationData?.Labelmap?.referencedVolumeId;
+  if (!image) return;
+  if (held.image !== image) held = { image, names: new Map() };
+  const found = structures();
+  for (const [value, name] of found) {
+    if (held.names.get(value) === name || [...held.names.values()].includes(name)) continue;
+    held.names.set(held.names.has(value) ? firstFree(held.names) : value, name);
+  }
+  if (![...held.names].every(([value, name]) => found.get(value) === name)) nameAll(own, held.names);
+}
+
+function nameAll(own, names) {
+  const colors = new Map(Object.values(own.config?.segments || {}).map(({ label, color }) => [label, color]));
+  own.config = { ...own.config, segments: {} };
+  for (const [value, label] of names) {
+    own.config.segments[value] = { segmentIndex: value, label, color: colors.get(label) };
+    if (own.segments[value]) own.segments[value].label = label;
+    else services().segmentationService.addSegment(SEGMENTATION, { segmentIndex: value, label });
+  }
+}
+
 /** OHIF makes a nameless first segment where there are no labels. */
 function isPlaceholder(segment) {
   return segment.label === `Segment ${segment.segmentIndex}`;
@@ -100,6 +129,7 @@ export function addStructure(name) {
   own.config.segments = own.config.segments || {}; // where the bundled panel looks names up
   const color = services().segmentationService.getSegmentColor(activeViewportId(), SEGMENTATION, value);
   own.config.segments[value] = { segmentIndex: value, label: name, color };
+  keepNames();
   return value;
 }
 
