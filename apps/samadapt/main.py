@@ -26,7 +26,8 @@ try:
     from samadapt.project import Project
     from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.auto_train import AutoTrain
-    from samadapt.server.datastore import SafeDatastore, SafeDicomDatastore
+    from samadapt.server.datastore import SafeDatastore
+    from samadapt.server.dicom_datastore import SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
     from samadapt.server.models import Models
@@ -168,4 +169,5 @@ class SamAdaptApp(MONAILabelApp):
         saved = self.datastore().last_saved
         labels = self.label_source.current()
         warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
+        warnings += saved.remarks
         return {"warnings": warnings, "labels": self.label_source.indices()}

@@ -67,3 +67,10 @@ class StateError(SamAdaptError):
 
     exit_code = 4
     http_status = 409
+
+
+class UnavailableError(SamAdaptError):
+    """A request that will succeed later: what it needs is being fetched, or another program is away."""
+
+    exit_code = 5
+    http_status = 503

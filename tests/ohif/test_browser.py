@@ -90,15 +90,13 @@ def server(pacs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def viewer(chromium, server, pacs, request):
-    made = Viewer(chromium, server.url, f"{request.node.name.partition('[')[0].removeprefix('test_')}-{pacs.name}")
+    made = Viewer(chromium, server.url, f"{request.node.originalname.removeprefix('test_')}-{pacs.name}")
+    failed = request.session.testsfailed
     yield made
-    if request.node.stash.get(FAILED, False):
+    if request.session.testsfailed > failed:
         made.picture("failed")
     made.page.context.close()
     assert made.errors == []
-
-
-FAILED = pytest.StashKey[bool]()
 
 
 def stored(server, series, folder):

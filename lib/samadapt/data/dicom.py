@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813 - its customary name
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from samadapt.data.geometry import LPS_FROM_RAS
+from samadapt.data.geometry import LPS_FROM_RAS, Geometry
 from samadapt.errors import InputError
 
 NOT_IMAGES = frozenset({"RTSTRUCT", "RTPLAN", "RTDOSE", "SEG", "SR", "PR", "KO", "REG", "FID", "DOC"})
@@ -28,6 +28,8 @@ _FILES_ASKED_FOR_PATIENT = 5
 
 _HEADER_TAGS = [
     "SOPClassUID",
+    "SOPInstanceUID",
+    "ImageType",
     "SeriesInstanceUID",
     "SeriesDescription",
     "Modality",
@@ -58,9 +60,33 @@ class Series:
 
 
 @dataclass(frozen=True, eq=False)
+class SeriesGrid:
+    """The voxel grid of a series, without its voxels.
+
+    Attributes:
+        geometry: shape and affine, as :func:`read_series` makes them.
+        series: SeriesInstanceUID.
+        frames: for each k: SOPInstanceUID and frame number (from 1; always 1 in single-frame objects).
+    """
+
+    geometry: Geometry
+    series: str
+    frames: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class _Slice:
     path: Path
     header: Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Slices in order along k (or the one multi-frame object, its frames in ``frame_order``), and the affine."""
+
+    slices: list[_Slice]
+    affine: np.ndarray
+    frame_order: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +146,44 @@ def read_series(path: Path) -> Series:
         InputError: no image, several series, several images at one position (4-D), missing or uneven slices,
             slices of different size or direction, a film over time.
     """
-    slices = _one_series(path)
-    first = slices[0].header
+    layout = _layout(path, _one_series(path))
+    header = layout.slices[0].header
+    array = _pixels([s.path for s in layout.slices], colour=int(header.get("SamplesPerPixel") or 1) > 1)
+    if layout.frame_order is not None:
+        array = array[:, :, layout.frame_order]
+    return Series(array, layout.affine, modality(header))
+
+
+def series_grid(headers: Iterable[Dataset], where: str | Path) -> SeriesGrid:
+    """The grid that :func:`read_series` would give for these images of one series.
+
+    Args:
+        headers: the images' attributes, with or without pixels, in any order.
+        where: what to call the series in messages.
+
+    Raises:
+        InputError: as :func:`read_series`.
+    """
+    slices = [_Slice(Path(str(header.SOPInstanceUID)), header) for header in headers]
+    if not slices:
+        raise InputError("the series has no image", where=where)
+    layout = _layout(Path(where), slices)
+    first = layout.slices[0].header
+    if layout.frame_order is None:
+        frames = [(str(s.header.SOPInstanceUID), 1) for s in layout.slices]
+    else:
+        frames = [(str(first.SOPInstanceUID), int(n) + 1) for n in layout.frame_order]
+    shape = (int(first.Columns), int(first.Rows), len(frames))
+    return SeriesGrid(Geometry(shape, layout.affine), str(first.SeriesInstanceUID), tuple(frames))
+
+
+def _layout(path: Path, slices: list[_Slice]) -> _Layout:
+    if any("LOCALIZER" in (s.header.get("ImageType") or ()) for s in slices):
+        raise InputError("a scout (localizer), not a scan", where=path, remedy="Label the scan that was planned on it.")
     if any(int(s.header.get("NumberOfFrames") or 1) > 1 for s in slices):
-        return _read_multiframe(path, slices)
+        return _layout_of_frames(path, slices)
     _check_alike(path, slices)
-    ordered, affine = _place(path, slices)
-    array = _pixels([s.path for s in ordered], colour=int(first.get("SamplesPerPixel") or 1) > 1)
-    return Series(array, affine, _modality(first))
+    return _Layout(*_place(path, slices))
 
 
 def _one_series(path: Path) -> list[_Slice]:
@@ -135,10 +191,10 @@ def _one_series(path: Path) -> list[_Slice]:
     others: set[str] = set()
     for file in dicom_files(path) if path.is_dir() else [path]:
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
-        if "Rows" in header and _modality(header) not in NOT_IMAGES:
+        if "Rows" in header and modality(header) not in NOT_IMAGES:
             found[str(header.get("SeriesInstanceUID", ""))].append(_Slice(file, header))
         else:
-            others.add(_modality(header))
+            others.add(modality(header))
     if not found:
         seen = f"only {', '.join(sorted(others))}" if others else "no DICOM file at all"
         raise InputError(
@@ -157,10 +213,11 @@ def _one_series(path: Path) -> list[_Slice]:
 def _describe(uid: str, slices: list[_Slice]) -> str:
     header = slices[0].header
     title = str(header.get("SeriesDescription", "")).strip() or "without description"
-    return f"{_modality(header)} '{title}' ({len(slices)} files, UID {uid})"
+    return f"{modality(header)} '{title}' ({len(slices)} files, UID {uid})"
 
 
-def _modality(header: Dataset) -> str:
+def modality(header: Dataset) -> str:
+    """Modality as an image states it, in capitals; "unknown" where it does not."""
     return str(header.get("Modality", "")).strip().upper() or "unknown"
 
 
@@ -252,7 +309,7 @@ def _check_gaps(path: Path, depth: np.ndarray, names: list[str]) -> None:
         )
 
 
-def _read_multiframe(path: Path, slices: list[_Slice]) -> Series:
+def _layout_of_frames(path: Path, slices: list[_Slice]) -> _Layout:
     """An enhanced (multi-frame) object: frames are placed by their functional groups."""
     header = slices[0].header
     frames = header.get("PerFrameFunctionalGroupsSequence")
@@ -263,18 +320,17 @@ def _read_multiframe(path: Path, slices: list[_Slice]) -> Series:
             remedy="Export single frames (PNG or single-frame DICOM), or the volume as NIfTI.",
         )
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    turned = _group(frames[0], shared, "PlaneOrientationSequence")
-    measures = _group(frames[0], shared, "PixelMeasuresSequence")
+    turned = functional_group(frames[0], shared, "PlaneOrientationSequence")
+    measures = functional_group(frames[0], shared, "PixelMeasuresSequence")
     plane = _plane(turned.get("ImageOrientationPatient"), _spacing(measures))
     positions = np.array([frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames], dtype=float)
     thickness = float(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness") or 1.0)
     names = [f"frame {n + 1}" for n in range(len(frames))]
     order, affine = _stack(path, plane, positions, names, thickness)
-    array = _pixels([slices[0].path], colour=int(header.get("SamplesPerPixel") or 1) > 1)
-    return Series(array[:, :, order], affine, _modality(header))
+    return _Layout(slices, affine, order)
 
 
-def _group(frame: Dataset, shared: Dataset, name: str) -> Dataset:
+def functional_group(frame: Dataset, shared: Dataset, name: str) -> Dataset:
     """The first item of a functional group, which may stand per frame or once for all."""
     sequence = frame.get(name) or shared.get(name)
     return sequence[0] if sequence else Dataset()

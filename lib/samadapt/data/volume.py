@@ -16,12 +16,12 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its customary name
 from PIL import Image
 
-from samadapt.data.dicom import is_dicom, read_series
+from samadapt.data.dicom import Series, is_dicom, read_series
 from samadapt.data.geometry import LPS_FROM_RAS, Geometry, turn_to
 from samadapt.errors import InputError
 from samadapt.files import atomic_path
 
-__all__ = ["Geometry", "Volume", "image_suffix", "read_label", "read_volume", "write_mask"]
+__all__ = ["Geometry", "Volume", "image_suffix", "read_label", "read_volume", "write_image", "write_mask"]
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -30,6 +30,7 @@ LOSSY = (".jpg", ".jpeg")
 SUFFIXES = NIFTI + ITK + PICTURES
 """Endings of the image files that :func:`read_volume` reads (DICOM files are known by their content)."""
 
+_MODALITY = "modality="
 _READABLE = "NIfTI (.nii, .nii.gz), NRRD, MHA, PNG, JPEG, TIFF, BMP, or a folder with one DICOM series"
 _AGAIN = "Open it in a viewer to check it; if it was copied or downloaded, do that again."
 
@@ -170,6 +171,23 @@ def write_mask(
             _write_png(temporary, values, path)
 
 
+def write_image(path: str | Path, series: Series) -> None:
+    """Write a DICOM series as ``.nii``, so that :func:`read_volume` gives the same voxels, grid and modality again.
+
+    Whole numbers are stored with two bytes, which every viewer reads; nothing is compressed, so that it opens quickly.
+    """
+    array = series.array
+    if array.ndim == 4:
+        array = np.ascontiguousarray(array).view([(name, np.uint8) for name in "RGB"])[..., 0]
+    elif _fits_int16(array):
+        array = array.astype(np.int16)
+    image = nib.Nifti1Image(array, series.affine)
+    _place_nifti(image, Geometry(_shape3(series.array), series.affine))
+    image.header["descrip"] = f"{_MODALITY}{series.modality}".encode()[:79]
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
 def looks_like_ct(values: np.ndarray) -> bool:
     """Whether grey values are Hounsfield units, for formats that do not say so.
 
@@ -234,11 +252,18 @@ def _read_nifti(path: Path) -> _Raw:
     if not isinstance(image, nib.Nifti1Image):
         raise InputError(f"named as NIfTI but holds {type(image).__name__}", where=path, remedy="Save it as NIfTI.")
     array = np.asanyarray(image.dataobj)
+    modality = _nifti_modality(image)
     if array.dtype.names is not None:
         array = np.stack([array[name] for name in "RGB"], axis=-1)
-        return _Raw(_three_axes(array, path, channels=1), _geometry(array.shape[:-1], _nifti_affine(image)))
+        return _Raw(_three_axes(array, path, channels=1), _geometry(array.shape[:-1], _nifti_affine(image)), modality)
     array = _three_axes(array, path, channels=0)
-    return _Raw(array, Geometry(_shape3(array), _nifti_affine(image)))
+    return _Raw(array, Geometry(_shape3(array), _nifti_affine(image)), modality)
+
+
+def _nifti_modality(image: nib.Nifti1Image) -> str | None:
+    """What :func:`write_image` has noted; NIfTI has no field of its own for it."""
+    text = bytes(image.header["descrip"]).decode("latin-1") if "descrip" in image.header else ""
+    return text[len(_MODALITY) :].strip("\x00 ") or None if text.startswith(_MODALITY) else None
 
 
 def _nifti_affine(image: nib.Nifti1Image) -> np.ndarray:
@@ -433,15 +458,24 @@ def _storable(mask: np.ndarray, path: Path) -> np.ndarray:
 
 def _write_nifti(path: Path, mask: np.ndarray, geometry: Geometry, names: dict[int, str] | None) -> None:
     image = nib.Nifti1Image(mask, geometry.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(geometry.affine, code=1)
-    # A qform cannot express shear; then the sform alone says where the voxels lie.
-    image.set_qform(geometry.affine, code=0 if _is_sheared(geometry) else 1)
+    _place_nifti(image, geometry)
     image.header.set_intent("label")
     if names:
         comment = nib.nifti1.Nifti1Extension("comment", json.dumps(names).encode())
         image.header.extensions.append(comment)
     nib.save(image, path)
+
+
+def _place_nifti(image: nib.Nifti1Image, geometry: Geometry) -> None:
+    image.header.set_xyzt_units("mm")
+    image.set_sform(geometry.affine, code=1)
+    # A qform cannot express shear; then the sform alone says where the voxels lie.
+    image.set_qform(geometry.affine, code=0 if _is_sheared(geometry) else 1)
+
+
+def _fits_int16(array: np.ndarray) -> bool:
+    """Whether every value is a whole number of two bytes; slice by slice, because volumes are large."""
+    return all(np.abs(plane).max() <= 32767 and not np.mod(plane, 1).any() for plane in np.moveaxis(array, 2, 0))
 
 
 def _is_sheared(geometry: Geometry) -> bool:

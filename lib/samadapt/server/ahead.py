@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from samadapt.data.volume import read_volume
-from samadapt.errors import SamAdaptError, WeightsError
+from samadapt.errors import SamAdaptError, UnavailableError, WeightsError
 from samadapt.inference.ahead import embed_volume
 from samadapt.server.models import Models
 
@@ -103,7 +103,7 @@ class AheadOfNeed:
                 self._look(image, self._wait)
             except (SamAdaptError, OSError) as error:
                 logger.warning("%s is not encoded ahead: %s", image, error)
-                if not isinstance(error, WeightsError):
+                if not isinstance(error, (WeightsError, UnavailableError)):
                     self._failed(image, str(error))
             except Exception:
                 logger.exception("%s is not encoded ahead", image)

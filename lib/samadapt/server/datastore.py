@@ -7,31 +7,37 @@ replaced atomically, and instead of a watcher the folder is looked at when someb
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
-from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import UNSAID, Coverage, labelled_slices
 from samadapt.data.labels import values_from_label_info
-from samadapt.data.volume import Geometry, read_label, read_volume
+from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, StateError
-from samadapt.files import atomic_path, write_json
+from samadapt.files import atomic_path, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg")
 _ENDINGS = tuple(pattern[1:] for pattern in EXTENSIONS)
+RAW = (".bin", ".bin.gz")
 _ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
 _TAG = re.compile(r"\w[\w-]*")
 
@@ -46,6 +52,34 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+def raw_mask(path: Path, shape: tuple[int, int, int], image_id: str) -> np.ndarray:
+    """Voxels as OHIF holds them -> (I, J, K): i fastest, then j, then k; one byte each, or two (little endian).
+
+    Raises:
+        InputError: not as many as the image has, or a damaged ``.gz``.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"the voxels cannot be unpacked ({error})", where=f"label of {image_id}") from None
+    voxels = int(np.prod(shape))
+    if len(content) not in (voxels, 2 * voxels):
+        raise InputError(
+            f"{len(content)} bytes of voxels came, where the image has {' x '.join(map(str, shape))} = {voxels} voxels "
+            "(one or two bytes each)",
+            where=f"label of {image_id}",
+            remedy="Send the mask of the whole volume of this image.",
+        )
+    kind = np.uint8 if len(content) == voxels else np.dtype("<u2")
+    return np.frombuffer(content, kind).reshape(shape, order="F")
+
+
+def _told(info: dict[str, Any]) -> str:
+    """Who made a label, and when, for people."""
+    who = info.get("client_id") or info.get("source") or "by an unnamed person"
+    return f"{who}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(info.get('ts', 0))))}"
+
+
 class Submission(NamedTuple):
     """A label as it was submitted.
 
@@ -54,12 +88,35 @@ class Submission(NamedTuple):
         present: values in the mask, without 0.
         coverage: what it covers, by its own word or by the settings.
         slices: how many slices are labelled, of how many.
+        remarks: what else the annotator should know.
     """
 
     info: dict[str, Any]
     present: set[int]
     coverage: Coverage
     slices: tuple[int, int]
+    remarks: tuple[str, ...] = ()
+
+
+class Version(NamedTuple):
+    """A label that counts, or once counted, for an image.
+
+    Attributes:
+        name: of its file.
+        path: of its file.
+        info: what came with it.
+        served: whether it is the one that counts.
+    """
+
+    name: str
+    path: Path
+    info: dict[str, Any]
+    served: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For HTTP replies."""
+        kept = {key: self.info.get(key) for key in ("client_id", "label_info", "source")}
+        return {"name": self.name, "time": self.info.get("ts"), **kept, "served": self.served}
 
 
 class SafeDatastore(LocalDatastore):
@@ -77,13 +134,13 @@ class SafeDatastore(LocalDatastore):
         folder: the studies folder.
         geometry_of: reads an image's grid; replace it by one that remembers images.
         assumed: what labels cover that do not say so; replace it by what the settings say.
-        last_saved: the label saved last.
+        last_saved: the label that this thread saved last.
     """
 
     def __init__(self, datastore_path: str, **host_options: Any) -> None:
         self.geometry_of: Callable[[str], Geometry] = lambda path: read_volume(path).geometry
         self.assumed = UNSAID
-        self.last_saved = Submission({}, set(), UNSAID, (0, 0))
+        self._saved = threading.local()
         self.folder = Path(datastore_path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._exclusive = FileLock(self.folder / ".samadapt.lock")
@@ -98,7 +155,19 @@ class SafeDatastore(LocalDatastore):
             ) from error
         self._finish_interrupted_saves()
 
+    @property
+    def last_saved(self) -> Submission:
+        return getattr(self._saved, "submission", Submission({}, set(), UNSAID, (0, 0)))
+
     # ---- reading
+
+    def make_ready(self, image_id: str) -> None:
+        """Whatever the next request for this image needs done first.
+
+        Raises:
+            InputError: no such image, or one that cannot be read.
+        """
+        self.geometry_of(self.image_path(image_id))
 
     def image_path(self, image_id: str) -> str:
         """File (or DICOM folder) of an image.
@@ -116,6 +185,15 @@ class SafeDatastore(LocalDatastore):
                 "ending); GET /datastore/?output=all lists them.",
             )
         return path
+
+    def known_id(self, image_id: str) -> str:
+        """The id itself.
+
+        Raises:
+            InputError: no image has it.
+        """
+        self.image_path(image_id)
+        return image_id
 
     def local_image(self, image_id: str) -> Path | None:
         """File (or DICOM folder) of an image, if it is on this machine already."""
@@ -215,18 +293,89 @@ class SafeDatastore(LocalDatastore):
             super().remove_label(label_id, tag)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Store a mask whose grid equals its image's, with what its values mean.
+        """Store a mask whose grid equals its image's, with what its values mean. The label before it is kept.
+
+        Args:
+            image_id: the image.
+            label_filename: an image file, or raw voxels (``.bin``, ``.bin.gz``; see ``raw_mask``).
+            label_tag: "final" counts.
+            label_info: ``label_info`` and whatever else came with the label.
 
         Raises:
             InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, or labelled
                 slices or classes (see ``Coverage.from_info``) that the image cannot have; nothing is stored then.
         """
         tag = check_tag(label_tag)
-        self._checked_mask(image_id, label_filename, label_info)
+        info = dict(label_info or {})
+        with self._as_image(image_id, label_filename, info) as file:
+            mask = self._checked_mask(image_id, file, info)
+            self._store_checked(image_id, file, tag, info, mask)
+        return image_id
+
+    def _store_checked(self, image_id: str, file: str, tag: str, info: dict[str, Any], mask: np.ndarray) -> None:
         with self._exclusive:
             self._init_from_datastore_file()
-            self._write_label(image_id, label_filename, tag, dict(label_info or {}))
-        return image_id
+            self._write_label(image_id, file, tag, info)
+
+    @contextmanager
+    def _as_image(self, image_id: str, file: str, info: dict[str, Any]) -> Iterator[str]:
+        """An image file of what was sent; raw voxels become one."""
+        if not file.endswith(RAW):
+            yield file
+            return
+        geometry = self.geometry_of(self.image_path(image_id))
+        mask = raw_mask(Path(file), geometry.shape, image_id)
+        if (slices := info.pop("slices", None)) is not None:
+            mask = self._in_order(image_id, mask, slices)
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "label.nii.gz"
+            write_mask(written, mask, geometry)
+            yield str(written)
+
+    def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+        raise InputError(
+            "only series of a PACS have slices with names", where="slices", remedy="Leave it out for this image."
+        )
+
+    # ---- versions
+
+    def label_versions(self, image_id: str) -> list[Version]:
+        """Every label that was ever final for an image, the newest first; the one that counts is among them."""
+        found = []
+        for note in self._versions(image_id).glob("[!.]*.json"):
+            entry = json.loads(note.read_text(encoding="utf-8"))
+            file = note.with_name(entry["file"])
+            if file.is_file():
+                found.append(Version(entry["file"], file, entry["info"], served=False))
+        if (path := self.local_label(image_id)) is not None:
+            found.append(Version(path.name, path, self.get_label_info(image_id, DefaultLabelTag.FINAL), served=True))
+        return sorted(found, key=lambda one: (one.served, one.info.get("ts", 0), one.name), reverse=True)
+
+    def _versions(self, image_id: str) -> Path:
+        return Path(self._datastore.label_path(None)) / "versions" / image_id
+
+    def _keep_former(self, image_id: str) -> None:
+        """Keep the final label, which is about to be replaced. Doing it twice is doing it once."""
+        former = self.local_label(image_id)
+        if former is not None and former.is_file():
+            info = self.get_label_info(image_id, DefaultLabelTag.FINAL)
+            self._keep(image_id, former, info)
+            self._remark(f"the label before it ({_told(info)}) is kept as a version")
+
+    def _keep(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
+        moment = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(float(info.get("ts", 0))))
+        digest = sha256_of(file)[:8]
+        name = f"{moment}-{digest}"
+        folder = self._versions(image_id)
+        target = folder / f"{name}{self._to_id(file.name)[1]}"
+        with atomic_path(target) as temporary:
+            shutil.copyfile(file, temporary)
+        write_json(folder / f"{name}.json", {"file": target.name, "info": info})
+
+    def _remark(self, sentence: str) -> None:
+        self._saved.submission = self.last_saved._replace(remarks=(*self.last_saved.remarks, sentence))
+
+    # ---- checking and writing
 
     def _checked_mask(self, image_id: str, label_filename: str, label_info: dict[str, Any]) -> np.ndarray:
         self._check_extension(self._to_id(os.path.basename(label_filename))[1])
@@ -239,7 +388,8 @@ class SafeDatastore(LocalDatastore):
         values = values_from_label_info(info["label_info"]) if info.get("label_info") else None
         coverage, axis = Coverage.from_info(info).or_else(self.assumed), geometry.acquisition_axis
         slices = labelled_slices(coverage.left_out(mask, values, axis), mask.shape, axis)
-        self.last_saved = Submission(info, set(np.unique(mask).tolist()) - {0}, coverage, slices)
+        present = set(np.flatnonzero(np.bincount(mask.ravel(order="K"))).tolist()) - {0}
+        self._saved.submission = Submission(info, present, coverage, slices)
         return mask
 
     def _check_extension(self, extension: str) -> None:
@@ -247,13 +397,19 @@ class SafeDatastore(LocalDatastore):
             known = ", ".join(pattern[1:] for pattern in self._extensions)
             raise InputError(f"files of type {extension!r} are not taken", where="file", remedy=f"Valid: {known}.")
 
-    def _write_label(self, image_id: str, label_filename: str, tag: str, info: dict[str, Any]) -> None:
+    def _write_label(
+        self, image_id: str, label_filename: str, tag: str, info: dict[str, Any], made: int | None = None
+    ) -> None:
+        """Put a label in its place. ``made``: epoch seconds; None: now."""
         extension = self._to_id(os.path.basename(label_filename))[1]
         folder = Path(self._datastore.label_path(tag))
         incoming = folder / f".{image_id}.incoming"
         with atomic_path(incoming) as temporary:
             shutil.copyfile(label_filename, temporary)
-        info |= {"ts": int(os.stat(incoming).st_mtime), "name": f"{image_id}{extension}"}
+        if tag == DefaultLabelTag.FINAL:
+            self._keep_former(image_id)
+        moment = int(os.stat(incoming).st_mtime) if made is None else made
+        info |= {"ts": moment, "name": f"{image_id}{extension}"}
         journal = folder / f".{image_id}.journal"
         write_json(journal, {"image": image_id, "tag": tag, "ext": extension, "info": info})
         self._finish_save(journal)
@@ -284,62 +440,3 @@ class SafeDatastore(LocalDatastore):
             for folder in (self.folder, *folders.glob("*/")):
                 for unfinished in [*folder.glob(".*.incoming"), *folder.glob(".*.tmp.*")]:
                     unfinished.unlink(missing_ok=True)
-
-
-def _check_uid(text: str, where: str) -> None:
-    if not re.fullmatch(r"\d+(\.\d+){1,31}", text) or len(text) > 64:
-        raise InputError(f"{text!r} is no DICOM series UID", where=where, remedy="Give a SeriesInstanceUID.")
-
-
-class SafeDicomDatastore(DICOMWebDatastore, SafeDatastore):
-    """The same over DICOMweb: images and labels pass through a cache folder of the layout above."""
-
-    def image_path(self, image_id: str) -> str:
-        _check_uid(image_id, "image")
-        try:
-            return self.get_image_uri(image_id)
-        except IndexError:
-            raise InputError(
-                f"the PACS has no series {image_id}", where="image", remedy="Reload the study list in the viewer."
-            ) from None
-
-    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        return list(dict.fromkeys(super().get_labeled_images()))  # several SEGs of one series are one labelled image
-
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """As ``SafeDatastore.save_label``; a final label also becomes a DICOM SEG in the PACS.
-
-        The host names SEG segments by position among the values present, so it gets exactly those, in order.
-        """
-        tag = check_tag(label_tag)
-        mask = self._checked_mask(image_id, label_filename, label_info)
-        entries = (label_info or {}).get("label_info")
-        if tag == DefaultLabelTag.FINAL:
-            present = sorted(set(np.unique(mask).tolist()) - {0})
-            if not present:
-                raise InputError(
-                    "an empty mask cannot be stored as DICOM SEG", where=image_id, remedy="Label at least one voxel."
-                )
-            by_value = {int(float(entry["idx"])): entry for entry in entries or []}
-            label_info = {**label_info, "label_info": [by_value.get(v, {"name": f"label {v}"}) for v in present]}
-        saved = super().save_label(image_id, label_filename, tag, label_info)
-        if entries is not None:
-            self.update_label_info(image_id, tag, {"label_info": entries})
-        return saved
-
-    def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
-        """The stored mask, else the SEG series of this UID, converted; "" where its grid is not the image's."""
-        stored = str(LocalDatastore.get_label_uri(self, image_id or label_id, label_tag))
-        if stored:
-            return stored
-        _check_uid(label_id, "label")
-        try:
-            return str(super().get_label_uri(label_id, label_tag, image_id))
-        except InputError as error:
-            logger.warning("the segmentation %s is left out: %s", label_id, error)
-            return ""
-
-    def forget_lists(self) -> None:
-        """The host keeps its lists of images and labels for two hours; drop them after a save."""
-        DICOMWebDatastore.list_images.cache.clear()
-        DICOMWebDatastore.get_labeled_images.cache.clear()

@@ -26,7 +26,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints, ohif, versions
+from samadapt.server import endpoints, ohif, submissions, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     endpoints.install(server, app)
     ohif.install(server, Path(app.app_dir))
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
+    submissions.install(server, app)
     _warn_if_public()
 
 
@@ -65,7 +66,8 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SamAdaptError)
     log = logger.warning if error.http_status < 500 else logger.error
     log("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse(error.to_dict(), status_code=error.http_status)
+    later = {"Retry-After": "5"} if error.http_status == 503 else None
+    return JSONResponse(error.to_dict(), status_code=error.http_status, headers=later)
 
 
 async def _answer_host(request: Request, error: Exception) -> JSONResponse:

@@ -14,7 +14,7 @@ from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
-from samadapt.errors import SamAdaptError
+from samadapt.errors import SamAdaptError, UnavailableError
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
 from samadapt.server.models import PLAIN, Models
@@ -170,9 +170,11 @@ class Outlook:
         return {**answer, "skipped": dict(self._unreadable)} if self._unreadable else answer
 
     def _readable(self, image: str) -> bool:
-        """Whoever is given the image reads it next, so this reads it for them."""
+        """Whoever is given the image reads it next, so this reads it for them (a PACS begins to send it)."""
         try:
-            self._models.volume(self._datastore().image_path(image))
+            self._datastore().make_ready(image)
+        except UnavailableError:
+            raise
         except (SamAdaptError, OSError) as error:
             logger.warning("%s is skipped: %s", image, error)
             self.unreadable(image, str(error))

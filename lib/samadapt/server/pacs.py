@@ -1,0 +1,282 @@
+"""What a PACS holds, over DICOMweb: image series, and the segmentations and contours that were drawn on them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from dicomweb_client import DICOMwebClient
+from monailabel.config import settings as host
+from pydicom.dataset import Dataset
+from requests.adapters import HTTPAdapter
+
+from samadapt.data.dicom import NOT_IMAGES
+from samadapt.data.dicom_seg import segment_names
+from samadapt.data.rtstruct import structure_names
+from samadapt.errors import InputError, NotFoundError, UnavailableError
+from samadapt.files import write_json
+
+logger = logging.getLogger(__name__)
+
+LABEL_MODALITIES = ("SEG", "RTSTRUCT")
+
+FRESH_SECONDS = 30.0
+"""So long a list of series is taken for true without asking again."""
+
+_AT_ONCE = 4
+"""Requests to the PACS at the same time while a series is fetched."""
+
+_NO_ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class SeriesEntry:
+    """One series as QIDO-RS lists it."""
+
+    uid: str
+    study: str
+    modality: str
+    patient: str
+    date: str
+    images: int
+
+
+@dataclass(frozen=True)
+class LabelEntry:
+    """One SEG or RTSTRUCT object.
+
+    Attributes:
+        object: SOPInstanceUID.
+        series: SeriesInstanceUID.
+        study: StudyInstanceUID.
+        modality: "SEG" or "RTSTRUCT".
+        image: SeriesInstanceUID of the images it was drawn on; "" where it does not say.
+        time: when it was drawn, "YYYYMMDDHHMMSS" in the time of its maker; "" where it does not say.
+        names: value -> name.
+        refused: why it cannot be a label; None as long as nothing speaks against it.
+    """
+
+    object: str
+    series: str
+    study: str
+    modality: str
+    image: str
+    time: str
+    names: dict[int, str]
+    refused: str | None = None
+
+
+@contextmanager
+def answering(where: str) -> Iterator[None]:
+    """Turn what goes wrong between us and the PACS into an error that says so."""
+    try:
+        yield
+    except requests.RequestException as error:
+        raise UnavailableError(
+            f"the PACS does not answer as it should ({type(error).__name__})",
+            where=where,
+            remedy="Check that it runs and try again.",
+        ) from error
+
+
+class Pacs:
+    """Asks the PACS, remembers for a moment what it said, and for good what its label objects say about themselves.
+
+    Args:
+        client: connected to it.
+        wanted: QIDO-RS filters that a person has set for images; None: every image series, whatever its modality.
+        folder: what is remembered of label objects.
+    """
+
+    def __init__(self, client: DICOMwebClient, wanted: Mapping[str, Any] | None, folder: Path) -> None:
+        self._client = client
+        self._wanted = wanted
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._listed: tuple[float, dict[str, SeriesEntry], dict[str, LabelEntry]] | None = None
+        for scheme in ("http://", "https://"):
+            client._session.mount(scheme, _Impatient())
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return str(self._client.base_url)
+
+    def forget(self) -> None:
+        """Ask anew the next time."""
+        self._listed = None
+
+    def series(self) -> dict[str, SeriesEntry]:
+        """Image series by SeriesInstanceUID, in the order of the PACS."""
+        return self._lists()[0]
+
+    def labels(self) -> dict[str, LabelEntry]:
+        """Label objects of these series by SOPInstanceUID, the oldest first."""
+        return self._lists()[1]
+
+    def find(self, uid: str) -> SeriesEntry:
+        """One series; one that the list does not hold (or hold yet) is asked for by name.
+
+        Raises:
+            NotFoundError: the PACS has no such series.
+        """
+        if known := self.series().get(uid):
+            return known
+        found = [entry for entry in self._search({"SeriesInstanceUID": uid}) if entry.uid == uid]
+        if not found or found[0].modality in NOT_IMAGES:
+            raise NotFoundError(
+                f"the PACS has no image series {uid}", where="image", remedy="Reload the study list in the viewer."
+            )
+        return found[0]
+
+    def metadata(self, series: SeriesEntry) -> list[Dataset]:
+        """Attributes of every image of a series, as far as the PACS gives them without the pixels."""
+        with answering(self.url):
+            found = self._client.retrieve_series_metadata(series.study, series.uid)
+        return [Dataset.from_json(one) for one in found]
+
+    def fetch(self, series: SeriesEntry, images: list[str], keep: Callable[[Dataset], None]) -> None:
+        """Fetch the images of a series; ``keep`` gets each of them, in any order, one after another."""
+        with ThreadPoolExecutor(_AT_ONCE, "fetch") as pool, answering(self.url):
+            for image in pool.map(lambda uid: self._client.retrieve_instance(series.study, series.uid, uid), images):
+                keep(image)
+
+    def fetch_label(self, entry: LabelEntry) -> Dataset:
+        """A label object with all it holds."""
+        with answering(self.url):
+            return self._client.retrieve_instance(entry.study, entry.series, entry.object)
+
+    def store(self, dataset: Dataset) -> None:
+        """Store one object.
+
+        Raises:
+            UnavailableError: it was not stored.
+        """
+        with answering(self.url):
+            answer = self._client.store_instances([dataset])
+        if failed := answer.get("FailedSOPSequence"):
+            raise UnavailableError(
+                f"the PACS refused the segmentation (reason {failed[0].get('FailureReason')})", where=self.url
+            )
+        self.forget()
+
+    def refuse(self, entry: LabelEntry, why: str) -> None:
+        """Remember that a label object cannot be used."""
+        self._remember(LabelEntry(**{**asdict(entry), "refused": why}))
+        self.forget()
+
+    # ----
+
+    def _lists(self) -> tuple[dict[str, SeriesEntry], dict[str, LabelEntry]]:
+        with self._lock:
+            listed = self._listed
+            if listed is None or time.monotonic() - listed[0] > FRESH_SECONDS:
+                listed = self._listed = (time.monotonic(), *self._ask())
+            return listed[1], listed[2]
+
+    def _ask(self) -> tuple[dict[str, SeriesEntry], dict[str, LabelEntry]]:
+        everything = self._search({}) if self._wanted is None else self._search(self._wanted)
+        images = {entry.uid: entry for entry in everything if entry.modality not in NOT_IMAGES}
+        drawn = [entry for modality in LABEL_MODALITIES for entry in self._search({"Modality": modality})]
+        labels = [label for entry in drawn if entry.modality in LABEL_MODALITIES for label in self._labels_of(entry)]
+        ordered = sorted(labels, key=lambda label: (label.time, label.object))
+        return images, {label.object: label for label in ordered if label.image in images}
+
+    def _search(self, filters: Mapping[str, Any]) -> list[SeriesEntry]:
+        with answering(self.url):
+            found = self._client.search_for_series(search_filters=dict(filters))
+        return [_entry(Dataset.from_json(one)) for one in found]
+
+    def _labels_of(self, series: SeriesEntry) -> list[LabelEntry]:
+        """The label objects of a series. What is known of them from before is not asked for again."""
+        with answering(self.url):
+            found = self._client.search_for_instances(series.study, series.uid)
+        uids = [str(Dataset.from_json(one).SOPInstanceUID) for one in found]
+        known = [self._recall(uid) for uid in uids]
+        if all(known):
+            return [entry for entry in known if entry]
+        entries = [_label(series, one) for one in self.metadata(series)]
+        for entry in entries:
+            self._remember(entry)
+        return entries
+
+    def _recall(self, uid: str) -> LabelEntry | None:
+        try:
+            value = json.loads((self._folder / f"{uid}.json").read_text(encoding="utf-8"))
+            return LabelEntry(**{**value, "names": {int(number): name for number, name in value["names"].items()}})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _remember(self, entry: LabelEntry) -> None:
+        write_json(self._folder / f"{entry.object}.json", asdict(entry))
+
+
+def wanted_by_person() -> dict[str, Any] | None:
+    """The host's search filter if somebody has set it; its default (CT alone) is nobody's wish."""
+    name = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
+    return dict(getattr(host, name)) if name in host.model_fields_set else None
+
+
+def check_uid(text: str, where: str) -> None:
+    """Refuse what cannot be a UID, before it becomes part of a path or an address."""
+    parts = text.split(".")
+    if len(text) > 64 or len(parts) < 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise InputError(f"{text!r} is no DICOM series UID", where=where, remedy="Give a SeriesInstanceUID.")
+
+
+class _Impatient(HTTPAdapter):
+    """Neither client nor host set a time limit: a PACS that hangs would hang every thread that asks it."""
+
+    def send(self, request: Any, *args: Any, **options: Any) -> Any:
+        return super().send(request, *args, **{**options, "timeout": options.get("timeout") or _NO_ANSWER_SECONDS})
+
+
+def _entry(found: Dataset) -> SeriesEntry:
+    return SeriesEntry(
+        uid=str(found.get("SeriesInstanceUID", "")),
+        study=str(found.get("StudyInstanceUID", "")),
+        modality=str(found.get("Modality") or "unknown").upper(),
+        patient=str(found.get("PatientID") or "").strip(),
+        date=str(found.get("StudyDate") or ""),
+        images=int(found.get("NumberOfSeriesRelatedInstances") or 0),
+    )
+
+
+def _label(series: SeriesEntry, found: Dataset) -> LabelEntry:
+    read = segment_names if series.modality == "SEG" else structure_names
+    return LabelEntry(
+        object=str(found.SOPInstanceUID),
+        series=series.uid,
+        study=series.study,
+        modality=series.modality,
+        image=_image_of(found),
+        time=_time_of(found),
+        names=read(found),
+    )
+
+
+def _image_of(label: Dataset) -> str:
+    """SeriesInstanceUID of the images that a SEG or RTSTRUCT was drawn on."""
+    for series in label.get("ReferencedSeriesSequence") or []:
+        return str(series.get("SeriesInstanceUID") or "")
+    for frame in label.get("ReferencedFrameOfReferenceSequence") or []:
+        for study in frame.get("RTReferencedStudySequence") or []:
+            for series in study.get("RTReferencedSeriesSequence") or []:
+                return str(series.get("SeriesInstanceUID") or "")
+    return ""
+
+
+def _time_of(label: Dataset) -> str:
+    for kind in ("Content", "StructureSet", "InstanceCreation", "Series"):
+        if day := str(label.get(f"{kind}Date") or ""):
+            return day + str(label.get(f"{kind}Time") or "").split(".")[0].ljust(6, "0")
+    return ""
