@@ -28,7 +28,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE_MS = 60_000
+PATIENCE_MS = 30_000
 
 # What OHIF's page offers to scripts; the panel's segmentation has the id "1".
 MASK = "window.services.segmentationService.getLabelmapVolume('1')"
@@ -191,6 +191,10 @@ class Viewer:
         self.page.wait_for_function(
             f"() => {{ const mask = {MASK}.voxelManager.getCompleteScalarDataArray(); return {condition}; }}"
         )
+
+    def wait_for_probe(self) -> None:
+        """Until OHIF has taken a click with the bundled panel's tool; it waits whether it becomes a double click."""
+        self.page.wait_for_function("() => window.cornerstoneTools.annotation.state.getAllAnnotations().length > 0")
 
     def go_to(self, k: int) -> None:
         """Scroll the views to slice k by OHIF's own interface."""

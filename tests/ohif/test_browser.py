@@ -107,7 +107,7 @@ def stored(server, series, folder):
     path.write_bytes(reply.content)
     info = requests.get(
         f"{server.url}/datastore/label/info", params={"label": series, "tag": "final"}, timeout=60
-    ).json()["info"]
+    ).json()
     return nibabel.load(path), {entry["name"]: entry["idx"] for entry in info["label_info"]}, info
 
 
@@ -150,6 +150,7 @@ def bundled_clicks(viewer, model, voxel):
     prompts.locator("tr.clickable-row", has_text="tumour").click()
     viewer.go_to(voxel[2])
     viewer.point(voxel)
+    viewer.wait_for_probe()
     prompts.locator("button.actionButton").first.click()
 
 
