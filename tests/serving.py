@@ -20,13 +20,16 @@ DATA = ROOT.parent / "shared" / "data" / "hippocampus_mr"
 class Server:
     """``monailabel start_server --app apps/samadapt`` as a person starts it."""
 
-    def __init__(self, studies, *conf):
+    def __init__(self, studies, *conf, log=None, **variables):
+        """``studies``: a folder, or a DICOMweb store's address; then ``log`` says where the log goes."""
+        self.variables = variables
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.studies = Path(studies)
+        self.folder = (log or self.studies).parent
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = self.studies.parent / f"server-{self.port}.log"
+        self.log = self.folder / f"server-{self.port}.log"
         self.words = [sys.executable, "-m", "monailabel.main", "start_server"]
         self.words += ["--app", str(ROOT / "apps" / "samadapt"), "--studies", str(studies)]
         self.words += ["--host", "127.0.0.1", "--port", str(self.port)]
@@ -35,11 +38,9 @@ class Server:
         self.process = None
 
     def start(self, seconds=120):
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "lib"), **self.variables}
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                self.words, stdout=log, stderr=log, env=environment, cwd=self.studies.parent
-            )
+            self.process = subprocess.Popen(self.words, stdout=log, stderr=log, env=environment, cwd=self.folder)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -61,6 +62,16 @@ class Server:
         """The raw reply, for status codes that the client turns into exceptions."""
         body = params if isinstance(params, str) else json.dumps(params)
         return requests.post(f"{self.url}/infer/{model}", params={"image": image}, data={"params": body}, **request)
+
+
+class ServeCommand(Server):
+    """The same by ``samadapt serve``."""
+
+    def __init__(self, studies, *conf, **variables):
+        super().__init__(studies, *conf, **variables)
+        self.words = [sys.executable, "-m", "samadapt", "serve", "--studies", str(studies), "--port", str(self.port)]
+        for key, value in conf:
+            self.words += ["--conf", f"{key}={value}"]
 
 
 def make_volumes(folder, count, *, labels=False):

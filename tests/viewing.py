@@ -109,7 +109,11 @@ class Viewer:
 
     @property
     def series(self) -> str:
-        return str(self.page.evaluate(f"() => window.cornerstone.metaData.get('instance', {IMAGE}.imageIds[0]).SeriesInstanceUID"))
+        return str(
+            self.page.evaluate(
+                f"() => window.cornerstone.metaData.get('instance', {IMAGE}.imageIds[0]).SeriesInstanceUID"
+            )
+        )
 
     def voxels(self) -> np.ndarray:
         """The page's mask, (I,J,K)."""
@@ -228,5 +232,3 @@ class Viewer:
         yield
         if key:
             self.page.keyboard.up(key)
-
-

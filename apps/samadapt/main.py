@@ -6,6 +6,7 @@ no dataclasses, nothing to pickle and no postponed annotations here.
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Dict, Optional  # noqa: UP035
 
@@ -30,6 +31,7 @@ try:
     from samadapt.server.dicom_datastore import SafeDicomDatastore
     from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
+    from samadapt.server.launch import needs_dicomweb
     from samadapt.server.models import Models
     from samadapt.server.options import flag, is_upload
     from samadapt.server.outlook import Outlook
@@ -48,6 +50,7 @@ class SamAdaptApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: Dict[str, str]):  # noqa: UP006
         keep_freed_memory()
+        self.inferring = threading.Lock()  # requests come in threads; one inference at a time has the processor
         self.settings = AppConfig.from_strings(conf or {})
         # dcmqi's programs lie beside Python; without them the base class would try to download them
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -62,6 +65,12 @@ class SamAdaptApp(MONAILabelApp):
     def init_datastore(self):
         host.DICOMWebDatastore = SafeDicomDatastore  # the base class makes its store by this name
         remote = self.studies.startswith(("http://", "https://"))
+        if not remote and Path(self.studies).is_dir() and needs_dicomweb(Path(self.studies)):
+            raise InputError(
+                "only DICOM files here, which viewers load over DICOMweb",
+                where=self.studies,
+                remedy=f"Use `samadapt serve --studies {self.studies}`, which offers them so, or a PACS's address.",
+            )
         datastore = super().init_datastore() if remote else SafeDatastore(self.studies)
         folder = Path(datastore.folder)
         self.project = Project(folder)
@@ -144,7 +153,7 @@ class SamAdaptApp(MONAILabelApp):
         image = str(request["image"])
         uploaded = is_upload(image, self._sessions.store_path if self._sessions else None)
         path = image if uploaded else store.image_path(image)
-        with self.ahead.giving_way():
+        with self.inferring, self.ahead.giving_way():
             file, params = task({**request, "image": path})
         if not uploaded:
             self.ahead.first(image)

@@ -135,7 +135,9 @@ def demo(
 
 @app.command()
 def serve(
-    studies: Annotated[str, typer.Option(help="Folder with the images, or the address of a DICOMweb store.")],
+    studies: Annotated[
+        str, typer.Option(help="Folder with image files or with DICOM series, or the address of a DICOMweb store.")
+    ],
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than 127.0.0.1 are open to the network.")
     ] = "127.0.0.1",
@@ -153,12 +155,20 @@ def serve(
             raise InputError("no such folder", where=studies, remedy="Name the folder that holds the images.")
         studies = str(folder)
     launch.require_free(host, port)
+    variables: dict[str, str] = {}
+    if not studies.startswith(("http://", "https://")) and launch.needs_dicomweb(Path(studies)):
+        from samadapt.dicomweb import child
+
+        folder = Path(studies)
+        studies = child.start(folder)
+        variables = child.host_environment(folder, studies)
     words = launch.command(studies, host, port, settings)
     with terminal(as_json=as_json) as out:
-        out.result({"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words}, f"http://{host}:{port}")
+        value = {"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words}
+        out.result(value | ({"dicomweb": studies} if variables else {}), f"http://{host}:{port}")
     if as_json:
         os.dup2(2, 1)  # the server is this very process; its log must not follow the JSON object
-    launch.run(studies, host, port, settings)
+    launch.run(studies, host, port, settings, variables)
 
 
 @app.command()

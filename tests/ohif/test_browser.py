@@ -82,7 +82,7 @@ def server(pacs, tmp_path, monkeypatch):
     images = stack(CT / "dicom" / "image")
     pacs.upload(written(images[:HALF], tmp_path / "one"))
     pacs.upload(written(as_somebody_else(images[HALF:], "PAT2"), tmp_path / "two"))
-    pacs.upload(MR / "dicom")
+    pacs.upload(MR / "dicom" / "image")
     running = PacsServer(pacs.url, tmp_path / "studies", *QUICK).start()
     yield running
     running.stop()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from monailabel.config import settings
 from monailabel.endpoints import activelearning, datastore, infer, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
@@ -26,7 +27,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints, ohif, submissions, versions
+from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
     ohif.install(server, Path(app.app_dir))
+    proxy.install()
+    threads.install(server)
+    allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
+    origins.install(server, allowed, loopback=_host() in origins.LOOPBACK, prefix=settings.MONAI_LABEL_API_STR)
     server.middleware_stack = None  # Starlette builds its stack once, at start-up; this makes it build again
     submissions.install(server, app)
     _warn_if_public()
@@ -169,10 +174,15 @@ def _require(kind: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
+def _host() -> str | None:
+    """Where ``monailabel start_server`` listens; None where something else has started the server."""
+    return getattr(Main().args_parser().parse_known_args(sys.argv[1:])[0], "host", None)
+
+
 def _warn_if_public() -> None:
     """``monailabel start_server`` listens on every interface unless told otherwise, and asks nobody for a password."""
-    host = getattr(Main().args_parser().parse_known_args(sys.argv[1:])[0], "host", None)
-    if host is not None and host not in ("127.0.0.1", "localhost", "::1"):
+    host = _host()
+    if host is not None and host not in origins.LOOPBACK:
         logger.warning(
             "This server listens on %s without any password: everyone who can reach this machine can read the images "
             "and change the labels. Start it with --host 127.0.0.1, or put it behind a proxy that asks who is there.",

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from samadapt.config import AppConfig
+from samadapt.data.dicom import is_dicom
+from samadapt.data.volume import image_suffix
+from samadapt.dicomweb.child import holds_dicom
 from samadapt.errors import InputError, StateError
 
 APP_DIR = Path(__file__).resolve().parents[3] / "apps" / "samadapt"
@@ -69,10 +72,25 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    studies: str | Path, host: str = "127.0.0.1", port: int = 8000, conf: Mapping[str, str] | None = None
+    studies: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    conf: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """Become the server: this process is replaced by it, so Ctrl-C, kill and the exit code are the server's own."""
+    """Become the server: this process is replaced by it, so Ctrl-C, kill and the exit code are the server's own.
+
+    Args:
+        studies, host, port, conf: as for ``command``.
+        variables: further environment variables.
+    """
     words = command(studies, host, port, conf)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(words[0], words, environment())
+    os.execve(words[0], words, {**environment(), **(variables or {})})
+
+
+def needs_dicomweb(folder: Path) -> bool:
+    """Whether the host would see nothing of what a folder holds: DICOM files, and no image file beside them."""
+    files = any(path.is_file() and image_suffix(path.name) and not is_dicom(path) for path in folder.iterdir())
+    return not files and holds_dicom(folder)
