@@ -134,8 +134,8 @@ class Viewer:
             f"""(text) => {{
                 {MASK}.voxelManager.setCompleteScalarDataArray(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
                 const {{ Events }} = window.cornerstoneTools.Enums;
-                const what = {{ segmentationId: '1' }};
-                window.cornerstone.triggerEvent(window.cornerstone.eventTarget, Events.SEGMENTATION_DATA_MODIFIED, what);
+                const {{ triggerEvent, eventTarget }} = window.cornerstone;
+                triggerEvent(eventTarget, Events.SEGMENTATION_DATA_MODIFIED, {{ segmentationId: '1' }});
             }}""",
             text,
         )
@@ -165,12 +165,12 @@ class Viewer:
     def press(self, name: str) -> None:
         self.panel.get_by_role("button", name=name, exact=True).click()
 
-    def says(self, words: str) -> str:
+    def says(self, words: str, patience_ms: int = PATIENCE_MS) -> str:
         """Wait until the panel's live region has these words; all of what it says then."""
         text = self.panel.locator(".samadapt-status")
-        self.page.wait_for_function(
-            "([node, words]) => node.textContent.includes(words)", arg=[text.element_handle(), words]
-        )
+        node = text.element_handle()
+        condition = "([node, words]) => node.textContent.includes(words)"
+        self.page.wait_for_function(condition, arg=[node, words], timeout=patience_ms)
         return str(text.inner_text())
 
     def choose(self, structure: str) -> None:
@@ -204,7 +204,8 @@ class Viewer:
         """Scroll the views to slice k by OHIF's own interface."""
         self.page.evaluate(
             f"""(k) => {{
-                for (const view of window.cornerstone.getRenderingEngines().flatMap((engine) => engine.getViewports())) {{
+                const views = window.cornerstone.getRenderingEngines().flatMap((engine) => engine.getViewports());
+                for (const view of views) {{
                     const [i, j] = {IMAGE}.imageData.worldToIndex(view.getCamera().focalPoint);
                     view.jumpToWorld({IMAGE}.imageData.indexToWorld([i, j, k]));
                     view.render();

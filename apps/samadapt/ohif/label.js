@@ -140,15 +140,15 @@ function scopeRadio(value, checked) {
   return element('input', { type: 'radio', name: 'samadapt-scope', value, checked });
 }
 
-/** [3, 4, 5, 9] as people write it, counted from 1 as OHIF counts. */
+/** Slices as people write them: "3–5, 9", by the numbers that OHIF shows. */
 function inWords(slices) {
   const runs = [];
-  for (const k of slices) {
+  for (const number of slices.map(viewer.sliceNumber).sort((a, b) => a - b)) {
     const last = runs[runs.length - 1];
-    if (last && last[1] === k - 1) last[1] = k;
-    else runs.push([k, k]);
+    if (last && last[1] === number - 1) last[1] = number;
+    else runs.push([number, number]);
   }
-  return runs.map(([a, b]) => (a === b ? `${a + 1}` : `${a + 1}–${b + 1}`)).join(', ') || 'none';
+  return runs.map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`)).join(', ') || 'none';
 }
 
 async function submit(status, scope) {

@@ -1,7 +1,7 @@
 // What a mask is probably worth: Dice by structure, and the slices in which the model is least sure.
 
 import { button, element } from './dom.js';
-import { jumpToSlice } from './viewer.js';
+import { jumpToSlice, sliceNumber } from './viewer.js';
 
 /** @param {?{dice: Object, error: Object, mean: ?number, unsure: number[]}} quality of the reply; null: nothing known */
 export function showQuality(node, quality) {
@@ -19,10 +19,10 @@ export function showQuality(node, quality) {
   if (quality.unsure.length) node.append(sliceButtons('Least sure', quality.unsure));
 }
 
-/** A row of buttons that jump to slices, counted from 1 as OHIF counts. */
+/** A row of buttons that jump to slices; they bear the numbers that OHIF shows. */
 export function sliceButtons(title, slices) {
   const jumps = slices.map((k) =>
-    button(String(k + 1), async () => jumpToSlice(k), { 'aria-label': `Go to slice ${k + 1}` })
+    button(String(sliceNumber(k)), async () => jumpToSlice(k), { 'aria-label': `Go to slice ${sliceNumber(k)}` })
   );
   return element('div', { className: 'samadapt-row', role: 'group', 'aria-label': title }, `${title}: `, ...jumps);
 }

@@ -178,6 +178,15 @@ export function jumpToSlice(k) {
   }
 }
 
+/** The number that OHIF shows for slice k: it counts from 1, in views from the feet or from behind from the far end. */
+export function sliceNumber(k) {
+  const { dimensions, direction } = imageVolume();
+  const along = [...direction].slice(6, 9);
+  const towards = (viewport) => viewport.getCamera().viewPlaneNormal.reduce((sum, x, n) => sum + x * along[n], 0);
+  const view = volumeViewports().map(towards).find((dot) => Math.abs(dot) > 0.9);
+  return view < 0 ? dimensions[2] - k : k + 1;
+}
+
 /** The slice k that the active view shows (its centre, where the view cuts through slices). */
 export function shownSlice() {
   const viewport = services().cornerstoneViewportService.getCornerstoneViewport(activeViewportId());
