@@ -27,7 +27,7 @@ MR = DATA / "dicom_sts_mr_rtstruct"
 HALF = 30
 """The CT series shows its tumour in slices 17 to 42: cut in two, it makes two patients with a tumour each."""
 
-QUICK = (("labels", "tumour,lung"), ("recipe", "autosam_linear"), ("image_size", "64"), ("max_steps", "60"))
+QUICK = (("labels", "tumour,lung"), ("recipe", "autosam_linear"), ("image_size", "64"), ("max_steps", "40"), ("max_train_minutes", "1"))
 TRAINING_MS = 120_000
 
 

@@ -30,7 +30,7 @@ function row(version, change) {
     'tr',
     { title: version.reason },
     element('th', { scope: 'row', textContent: version.version }),
-    element('td', { textContent: `${version.cases} cases, ${dice}` }),
+    element('td', { textContent: `${version.cases} ${version.cases === 1 ? 'case' : 'cases'}, ${dice}` }),
     element('td', {}, version.in_service ? 'in service' : promote)
   );
 }

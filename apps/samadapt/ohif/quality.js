@@ -3,7 +3,7 @@
 import { button, element } from './dom.js';
 import { jumpToSlice, sliceNumber } from './viewer.js';
 
-/** @param {?{dice: Object, error: Object, mean: ?number, unsure: number[]}} quality of the reply; null: nothing known */
+/** @param {?{dice: Object, error: Object, mean: ?number, unsure_slices: number[]}} quality of the reply; null: nothing known */
 export function showQuality(node, quality) {
   node.replaceChildren();
   if (!quality) return;
@@ -16,7 +16,7 @@ export function showQuality(node, quality) {
     )
   );
   if (rows.length) node.append(element('table', {}, element('caption', { textContent: 'Expected Dice' }), ...rows));
-  if (quality.unsure.length) node.append(sliceButtons('Least sure', quality.unsure));
+  if (quality.unsure_slices.length) node.append(sliceButtons('Least sure', quality.unsure_slices));
 }
 
 /** A row of buttons that jump to slices; they bear the numbers that OHIF shows. */

@@ -183,7 +183,7 @@ class SafeDicomDatastore(SafeDatastore):
                 write_json(path, {**known, series.uid: series.patient})
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """Attributes by which viewers open a series, and what was noted about it; the PACS's of one that is not here."""
+        """Attributes by which viewers open a series, and what was noted about it; the PACS.s of one to come."""
         if image_id in self._datastore.objects:
             return dict(super().get_image_info(image_id))
         series = self._pacs.series().get(image_id)
