@@ -14,7 +14,7 @@ import requests
 from pydicom.uid import generate_uid
 
 from pacs import pacs
-from serving import Server
+from serving import PacsServer
 from viewing import Viewer, browser
 
 __all__ = ["pacs"]
@@ -27,7 +27,13 @@ MR = DATA / "dicom_sts_mr_rtstruct"
 HALF = 30
 """The CT series shows its tumour in slices 17 to 42: cut in two, it makes two patients with a tumour each."""
 
-QUICK = (("labels", "tumour,lung"), ("recipe", "autosam_linear"), ("image_size", "64"), ("max_steps", "40"), ("max_train_minutes", "1"))
+QUICK = (
+    ("labels", "tumour,lung"),
+    ("recipe", "autosam_linear"),
+    ("image_size", "64"),
+    ("max_steps", "60"),
+    ("max_train_minutes", "2.4"),
+)
 TRAINING_MS = 120_000
 
 
@@ -68,23 +74,13 @@ def truth_of(folder):
     return np.asarray(nibabel.load(file).dataobj) > 0
 
 
-class PacsServer(Server):
-    """The app over a DICOMweb server."""
-
-    def __init__(self, url, folder, *conf):
-        folder.mkdir()
-        super().__init__(folder, *conf)
-        self.words[self.words.index("--studies") + 1] = url
-
-
 @pytest.fixture
-def server(pacs, tmp_path, monkeypatch):
-    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path / "cache"))
+def server(pacs, tmp_path):
     images = stack(CT / "dicom" / "image")
     pacs.upload(written(images[:HALF], tmp_path / "one"))
     pacs.upload(written(as_somebody_else(images[HALF:], "PAT2"), tmp_path / "two"))
     pacs.upload(MR / "dicom" / "image")
-    running = PacsServer(pacs.url, tmp_path / "studies", *QUICK).start()
+    running = PacsServer(pacs.url, tmp_path / "server", *QUICK).start()
     yield running
     running.stop()
 
