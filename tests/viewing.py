@@ -166,11 +166,11 @@ class Viewer:
         self.panel.get_by_role("button", name=name, exact=True).click()
 
     def says(self, words: str, patience_ms: int = PATIENCE_MS) -> str:
-        """Wait until the panel's live region has these words; all of what it says then."""
+        """Wait until the panel's live region has these words, in capitals or not; all of what it says then."""
         text = self.panel.locator(".samadapt-status")
         node = text.element_handle()
-        condition = "([node, words]) => node.textContent.includes(words)"
-        self.page.wait_for_function(condition, arg=[node, words], timeout=patience_ms)
+        condition = "([node, words]) => node.textContent.toLowerCase().includes(words)"
+        self.page.wait_for_function(condition, arg=[node, words.lower()], timeout=patience_ms)
         return str(text.inner_text())
 
     def choose(self, structure: str) -> None:

@@ -294,7 +294,8 @@ def test_what_goes_wrong_is_said(viewer, server):
     viewer.press("Next sample")
     viewer.panel.get_by_text("The server is busy").wait_for()
     viewer.picture("busy")
-    os.kill(server.process.pid, signal.SIGCONT)
+    with viewer.page.expect_navigation():
+        os.kill(server.process.pid, signal.SIGCONT)
     viewer.wait_until_connected()
 
     server.stop()
@@ -304,3 +305,34 @@ def test_what_goes_wrong_is_said(viewer, server):
     viewer.picture("away")
     server.start()
     viewer.panel.get_by_text("The server is away. This page").wait_for(state="hidden")
+
+
+def test_names_stay_with_their_values_when_the_bundled_panel_connects_again(viewer, server):
+    """It numbers structures by the alphabet, and what was drawn keeps its numbers."""
+    viewer.open("PAT1")
+    assert viewer.names() == {"lung": 1, "tumour": 2}
+    viewer.panel.get_by_label("New").fill("aorta <b>")
+    viewer.press("Add")
+    viewer.says("aorta <b>")
+    with viewer.page.expect_response(lambda reply: reply.url.endswith("/info/")):
+        viewer.bundled.locator(".settingsTable button").click()
+    viewer.page.wait_for_function(
+        "() => Object.keys(window.services.segmentationService.getSegmentation('1').config.segments).length === 3"
+    )
+    assert viewer.names() == {"lung": 1, "tumour": 2, "aorta <b>": 3}
+
+
+def test_the_panel_can_be_worked_with_the_keyboard(viewer):
+    """From its first control to the submission by Tab alone, in the order in which they are seen."""
+    viewer.open("PAT1")
+    viewer.panel.locator("summary").first.focus()
+    reached = []
+    while reached[-1:] != ["Submit label"] and len(reached) < 30:
+        viewer.page.keyboard.press("Tab")
+        reached.append(viewer.page.evaluate("() => document.activeElement.textContent || document.activeElement.value"))
+        assert viewer.page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert reached[0] == "Segment"
+    assert [name for name in reached if name in ("Add", "Brush", "Eraser")] == ["Add", "Brush", "Eraser"]
+    assert reached[-1] == "Submit label"
+    viewer.page.keyboard.press("Enter")
+    viewer.says("The label is safe")

@@ -50,7 +50,7 @@ function makeStatus() {
   const text = element('p', { role: 'status', 'aria-live': 'polite', className: 'samadapt-status' });
   const slow = element('p', { role: 'status', 'aria-live': 'polite', className: 'samadapt-slow' });
   const set = (words, bad) => {
-    text.textContent = words;
+    text.textContent = capital(words);
     text.classList.toggle('samadapt-bad', bad);
   };
   whenSlow((is) => {
@@ -60,7 +60,7 @@ function makeStatus() {
     node: element('div', {}, text, slow),
     say: (words) => set(words, false),
     fail: (error) => {
-      set(capital(error.message), true);
+      set(error.message, true);
       if (!error.status && error.away === undefined) console.warn(error);
     },
     away: (is) => {
