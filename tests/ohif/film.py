@@ -39,11 +39,13 @@ def as_dicom(nifti: Path, folder: Path, patient: str) -> None:
     """A NIfTI volume as an axial MR series; the head's oblique pose is left out, as it is not what is shown."""
     image = nibabel.as_closest_canonical(nibabel.load(nifti))
     voxels = np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)  # DICOM's axes; slices, rows, columns
-    across, down, between = (float(size) for size in image.header.get_zooms()[:3])
+    across, down, between = (
+        round(float(size), 3) for size in image.header.get_zooms()[:3]
+    )  # DICOM keeps 16 characters
     write_stack(
         folder,
         voxels.astype(np.int16),
-        [(0.0, 0.0, k * between) for k in range(len(voxels))],
+        [(0.0, 0.0, round(k * between, 3)) for k in range(len(voxels))],
         SOPClassUID=MR_IMAGE,
         Modality="MR",
         PatientID=patient,
@@ -64,13 +66,13 @@ def truth(nifti: Path) -> np.ndarray:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, browser() as chromium:
         work = Path(scratch)
-        cohort = generate.generate(work / "studies", cases=4)
+        cohort = generate.generate(work / "studies", cases=4, progress=iter)
         names = sorted(path.name.removesuffix(".nii.gz") for path in cohort.folder.glob("case_*.nii.gz"))
         for name in names:
             as_dicom(cohort.folder / f"{name}.nii.gz", work / "dicom" / name, name)
         pacs = make("embedded").start()
         pacs.upload(work / "dicom")
-        server = PacsServer(pacs.url, work / "server", ("labels", LABELS), ("max_train_minutes", "2.4")).start()
+        server = PacsServer(pacs.url, work / "server", ("labels", LABELS), ("max_train_minutes", "1.2")).start()
         try:
             film(play(Viewer(chromium, server.url, "film"), names, cohort.truth))
         finally:

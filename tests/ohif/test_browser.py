@@ -34,7 +34,7 @@ QUICK = (
     ("max_steps", "60"),
     ("max_train_minutes", "2.4"),
 )
-TRAINING_MS = 120_000
+TRAINING_MS = 240_000
 
 
 @pytest.fixture(scope="module")
