@@ -39,9 +39,8 @@ def as_dicom(nifti: Path, folder: Path, patient: str) -> None:
     """A NIfTI volume as an axial MR series; the head's oblique pose is left out, as it is not what is shown."""
     image = nibabel.as_closest_canonical(nibabel.load(nifti))
     voxels = np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)  # DICOM's axes; slices, rows, columns
-    across, down, between = (
-        round(float(size), 3) for size in image.header.get_zooms()[:3]
-    )  # DICOM keeps 16 characters
+    # DICOM keeps numbers as 16 characters
+    across, down, between = (round(float(size), 3) for size in image.header.get_zooms()[:3])
     write_stack(
         folder,
         voxels.astype(np.int16),
