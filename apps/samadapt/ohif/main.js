@@ -50,6 +50,7 @@ function place() {
 function follow() {
   if (!viewer.maskVolume()) return connect();
   viewer.keepNames();
+  viewer.shareColors();
   if (!listening) {
     listening = true;
     viewer.whenMaskChanges(() => requestAnimationFrame(panel.masked));

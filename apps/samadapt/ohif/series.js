@@ -12,7 +12,8 @@ export async function fetchSeries(uid, status, wanted) {
   let said = false;
   while (WAITING.includes(found.state) && wanted()) {
     said = true;
-    status.say(`The server fetches the series: ${found.done} of ${found.total} images.`);
+    const far = found.total ? `: ${found.done} of ${found.total} images.` : ' …';
+    status.say(`The server fetches the series${far}`);
     await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
     found = await requestJson(path, { quiet: true });
   }

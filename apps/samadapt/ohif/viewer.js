@@ -114,6 +114,18 @@ function nameAll(own, names) {
   }
 }
 
+/** The same colours in every view; the bundled panel gives its own to the active view alone. */
+export function shareColors() {
+  const service = services().segmentationService;
+  const colored = Object.values(segmentation()?.config?.segments || {}).filter(({ color }) => color);
+  for (const viewport of service.getViewportIdsWithSegmentation(SEGMENTATION)) {
+    for (const { segmentIndex, color } of colored) {
+      const shown = service.getSegmentColor(viewport, SEGMENTATION, segmentIndex);
+      if ([...shown].join() !== [...color].join()) service.setSegmentColor(viewport, SEGMENTATION, segmentIndex, color);
+    }
+  }
+}
+
 /** OHIF makes a nameless first segment where there are no labels. */
 function isPlaceholder(segment) {
   return segment.label === `Segment ${segment.segmentIndex}`;
