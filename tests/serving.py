@@ -36,6 +36,7 @@ class Server:
         for key, value in conf:
             self.words += ["--conf", key, value]
         self.process = None
+        self.environment = {}
 
     def start(self, seconds=120):
         environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "lib"), **self.variables}
@@ -73,6 +74,16 @@ class ServeCommand(Server):
         self.words = [sys.executable, "-m", "samadapt", "serve", "--studies", str(studies), "--port", str(self.port)]
         for key, value in conf:
             self.words += ["--conf", f"{key}={value}"]
+
+
+class PacsServer(Server):
+    """The same over a DICOMweb server; what it keeps lies in ``folder``."""
+
+    def __init__(self, url, folder, *conf):
+        super().__init__(folder / "studies", *conf)
+        self.studies.mkdir(parents=True)
+        self.words[self.words.index("--studies") + 1] = url
+        self.environment = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
 
 
 def make_volumes(folder, count, *, labels=False):

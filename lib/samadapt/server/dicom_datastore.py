@@ -175,8 +175,7 @@ class SafeDicomDatastore(SafeDatastore):
         """Enter a series that has just come into the list, and its patient into the folder's."""
         with self._exclusive:
             self._reconcile_datastore()
-            info = {"SeriesInstanceUID": series.uid, "StudyInstanceUID": series.study, "Modality": series.modality}
-            self._datastore.objects[series.uid].image.info |= {**info, "PatientID": series.patient}
+            self._datastore.objects[series.uid].image.info |= _attributes_of(series)
             self._update_datastore_file()
             if series.patient:
                 path = self.folder / "patients.json"
@@ -184,7 +183,11 @@ class SafeDicomDatastore(SafeDatastore):
                 write_json(path, {**known, series.uid: series.patient})
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        return dict(super().get_image_info(image_id)) if image_id in self._datastore.objects else {}
+        """Attributes by which viewers open a series, and what was noted about it; the PACS.s of one to come."""
+        if image_id in self._datastore.objects:
+            return dict(super().get_image_info(image_id))
+        series = self._pacs.series().get(image_id)
+        return _attributes_of(series) if series else {}
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Nothing is noted about series that are not here yet."""
@@ -340,6 +343,11 @@ def _grid_before_fetching(metadata: list[Dataset], uid: str) -> None:
         raise NotFoundError("the series is empty", where=f"series {uid}")
     if all("Rows" in one and ("ImagePositionPatient" in one or "NumberOfFrames" in one) for one in metadata):
         series_grid(metadata, f"series {uid}")
+
+
+def _attributes_of(series: SeriesEntry) -> dict[str, Any]:
+    info = {"SeriesInstanceUID": series.uid, "StudyInstanceUID": series.study, "Modality": series.modality}
+    return {**info, "PatientID": series.patient}
 
 
 def _without_pixels(image: Dataset) -> Dataset:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -28,7 +29,7 @@ from monailabel.utils.async_tasks.utils import processes
 from samadapt.activelearning.leases import somebody_at
 from samadapt.config import closest
 from samadapt.errors import InputError, SamAdaptError
-from samadapt.server import endpoints, origins, proxy, submissions, threads, versions
+from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
     submissions.install(server, app)
+    ohif.install(server, Path(app.app_dir))
     proxy.install()
     threads.install(server)
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]

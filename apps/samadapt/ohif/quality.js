@@ -1,0 +1,28 @@
+// What a mask is probably worth: Dice by structure, and the slices in which the model is least sure.
+
+import { button, element } from './dom.js';
+import { jumpToSlice, sliceNumber } from './viewer.js';
+
+/** @param {?{dice: Object, error: Object, mean: ?number, unsure_slices: number[]}} quality of the reply; null: nothing known */
+export function showQuality(node, quality) {
+  node.replaceChildren();
+  if (!quality) return;
+  const rows = Object.entries(quality.dice).map(([name, dice]) =>
+    element(
+      'tr',
+      {},
+      element('th', { scope: 'row', textContent: name }),
+      element('td', { textContent: `${dice.toFixed(2)} ± ${quality.error[name].toFixed(2)}` })
+    )
+  );
+  if (rows.length) node.append(element('table', {}, element('caption', { textContent: 'Expected Dice' }), ...rows));
+  if (quality.unsure_slices.length) node.append(sliceButtons('Least sure', quality.unsure_slices));
+}
+
+/** A row of buttons that jump to slices; they bear the numbers that OHIF shows. */
+export function sliceButtons(title, slices) {
+  const jumps = slices.map((k) =>
+    button(String(sliceNumber(k)), async () => jumpToSlice(k), { 'aria-label': `Go to slice ${sliceNumber(k)}` })
+  );
+  return element('div', { className: 'samadapt-row', role: 'group', 'aria-label': title }, `${title}: `, ...jumps);
+}
