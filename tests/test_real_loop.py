@@ -20,6 +20,7 @@ from serving import DATA, Server
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.alone,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the labelled volumes of {DATA}"),
 ]
 

@@ -19,7 +19,7 @@ from viewing import Viewer, browser
 
 __all__ = ["pacs"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.requires_browser, pytest.mark.requires_data]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser, pytest.mark.requires_data]
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CT = DATA / "dicom_ct_rtstruct"

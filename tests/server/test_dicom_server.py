@@ -18,6 +18,8 @@ from phantoms import KINDS, Kind, octants, write_phantom
 from samadapt.data.dicom import read_series
 from serving import Server
 
+pytestmark = pytest.mark.e2e
+
 LABEL_INFO = [{"name": "liver", "idx": 2}, {"name": "our own", "idx": 5}]
 
 
