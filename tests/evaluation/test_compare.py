@@ -212,6 +212,16 @@ def test_the_page_needs_nothing_outside_it_and_shows_names_as_they_are(studies, 
     assert all(any(case in part for part in page.texts) for case in ("case_0", "case_3"))
 
 
+@pytest.mark.requires_browser
+def test_the_page_opens_in_a_browser_without_a_network(studies, tmp_path, offline):
+    report = compare(comparison(studies), tmp_path / "out", silent, Runs())
+    offline.page.goto(report.page.as_uri())
+    pictures = offline.pictures()
+    assert pictures
+    assert all(pictures)
+    assert offline.complaints == []
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

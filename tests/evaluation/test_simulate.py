@@ -258,6 +258,17 @@ def test_the_page_needs_nothing_outside_it_and_lists_every_run(studies, tmp_path
     assert report.curves.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.requires_browser
+def test_the_page_opens_in_a_browser_without_a_network(studies, tmp_path, offline):
+    report = simulate(simulation(studies), tmp_path / "out", silent, Runs())
+    offline.page.goto(report.page.as_uri())
+    assert offline.page.get_by_text("autosam_linear, entropy, seed 1:").count() == 1
+    pictures = offline.pictures()
+    assert pictures
+    assert all(pictures)
+    assert offline.complaints == []
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
