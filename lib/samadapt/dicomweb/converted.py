@@ -17,6 +17,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     ExplicitVRLittleEndian,
     MRImageStorage,
@@ -188,7 +189,7 @@ def _uid(*sources: str) -> str:
 def _is_signed(array: np.ndarray) -> bool:
     """Whether all values are whole and fit into int16, so that they can be stored as they are."""
     low, high = float(array.min()), float(array.max())
-    return -32768 <= low and high <= 32767 and all(_whole(plane) for plane in _planes(array))
+    return low >= -32768 and high <= 32767 and all(_whole(plane) for plane in _planes(array))
 
 
 def _planes(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -250,16 +251,14 @@ def _shared(volume: Volume, grid: Geometry, case: str, patient: str) -> pydicom.
     return made
 
 
-def _write_slice(
-    path: Path, shared: pydicom.Dataset, uid: str, k: int, grid: Geometry, plane: np.ndarray
-) -> None:
+def _write_slice(path: Path, shared: pydicom.Dataset, uid: str, k: int, grid: Geometry, plane: np.ndarray) -> None:
     """``plane``: (rows, columns) of whole numbers."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = shared.SOPClassUID, uid
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = shared.SOPClassUID, UID(uid)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     made = FileDataset(str(path), shared.copy(), file_meta=meta, preamble=b"\0" * 128)
     made.is_little_endian, made.is_implicit_VR = True, False
-    made.SOPInstanceUID, made.InstanceNumber = uid, k + 1
+    made.SOPInstanceUID, made.InstanceNumber = UID(uid), k + 1
     corner = (LPS_FROM_RAS @ grid.affine @ np.array([0, 0, k, 1]))[:3]
     made.ImagePositionPatient = [DSfloat(value, True) for value in corner]
     made.PixelData = plane.astype("<i2" if shared.PixelRepresentation else "<u2").tobytes()
