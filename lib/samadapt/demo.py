@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -35,7 +34,6 @@ from samadapt.project import Project
 from samadapt.server import launch
 from samadapt.terminal import Terminal, figure, table
 
-LIBRARY = str(Path(__file__).resolve().parents[1])
 GENERATOR = Path(__file__).resolve().parents[2] / "sample-data" / "generate.py"
 
 HOST = "127.0.0.1"
@@ -479,8 +477,7 @@ def _server(run: Path, port: int, minutes: float, out: Terminal) -> Iterator[sub
             stdout=output,
             stderr=output,
             cwd=run,
-            env=launch.environment()
-            | {"PYTHONPATH": os.pathsep.join(filter(None, [LIBRARY, os.environ.get("PYTHONPATH")]))},
+            env=launch.environment(),
             start_new_session=True,
         )
     try:
