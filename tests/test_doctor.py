@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from make_dicom import write_stack
 from samadapt import doctor
 from samadapt.config import AppConfig
 from samadapt.data.cases import find_cases
@@ -202,3 +203,15 @@ def test_a_label_that_names_only_what_is_to_be_ignored(studies):
     (studies / "labels.json").unlink()
     say(studies, "case_1", label_info=[{"name": "ignore", "idx": 1}])
     assert "names no structure" in look(studies)["case_1"].what
+
+
+def test_dicom_files_that_are_not_served_are_named(tmp_path):
+    places = [(0, 0, 2.0 * z) for z in range(4)]
+    folder = write_stack(tmp_path / "studies" / "series", np.zeros((4, 6, 5), np.int16), places)
+    files = sorted(folder.iterdir())
+    assert look(tmp_path / "studies") == {}
+    files[0].write_bytes(files[0].read_bytes()[:400])
+    (folder / "z_again.dcm").write_bytes(files[1].read_bytes())
+    found = [check for check in doctor._left_out(tmp_path / "studies") if check.status == "warning"]
+    assert [str(files[0]) in found[0].what, "the same instance" in found[1].what] == [True, True]
+    assert "z_again.dcm" in found[1].what

@@ -27,12 +27,12 @@ try:
     from samadapt.project import Project
     from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.auto_train import AutoTrain
-    from samadapt.server.datastore import SafeDatastore
     from samadapt.server.dicom_datastore import SafeDicomDatastore
-    from samadapt.server.infer import Clicks, OneDeviceBatchInfer, Segmentation
+    from samadapt.server.infer import AS_SERIES, Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
     from samadapt.server.launch import needs_dicomweb
     from samadapt.server.models import Models
+    from samadapt.server.offered import OfferedDatastore
     from samadapt.server.options import flag, is_upload
     from samadapt.server.outlook import Outlook
     from samadapt.server.strategies import all_strategies
@@ -71,7 +71,7 @@ class SamAdaptApp(MONAILabelApp):
                 where=self.studies,
                 remedy=f"Use `samadapt serve --studies {self.studies}`, which offers them so, or a PACS's address.",
             )
-        datastore = super().init_datastore() if remote else SafeDatastore(self.studies)
+        datastore = super().init_datastore() if remote else OfferedDatastore(self.studies)
         folder = Path(datastore.folder)
         self.project = Project(folder)
         self.models = Models(self.settings, self.project)
@@ -139,8 +139,12 @@ class SamAdaptApp(MONAILabelApp):
     def next_sample(self, request):
         """As the base class's; the image that it names is encoded while the viewer loads it."""
         sample = super().next_sample(request)
-        if sample:
-            self.ahead.first(sample["id"])
+        if not sample:
+            return sample
+        self.ahead.first(sample["id"])
+        store = self.datastore()
+        if isinstance(store, OfferedDatastore) and store.series_of(sample["id"]):
+            sample["series_slices"] = store.in_series(sample["id"], sample["slices"])
         return sample
 
     def infer(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
@@ -153,8 +157,10 @@ class SamAdaptApp(MONAILabelApp):
         image = str(request["image"])
         uploaded = is_upload(image, self._sessions.store_path if self._sessions else None)
         path = image if uploaded else store.image_path(image)
+        known = image if uploaded else store.known_id(image)
         with self.inferring, self.ahead.giving_way():
-            file, params = task({**request, "image": path})
+            file, params = task({**request, "image": path, AS_SERIES: known != image})
+        image = known
         if not uploaded:
             self.ahead.first(image)
         label = file
@@ -169,6 +175,7 @@ class SamAdaptApp(MONAILabelApp):
 
     def on_save_label(self, image_id: str, label_id: str):
         """Take up new label names; tell the annotator what looks odd about the label."""
+        image_id = self.datastore().known_id(image_id)
         super().on_save_label(image_id, label_id)
         if isinstance(self.datastore(), SafeDicomDatastore):
             self.datastore().forget_lists()

@@ -156,16 +156,21 @@ def serve(
         studies = str(folder)
     launch.require_free(host, port)
     variables: dict[str, str] = {}
-    if not studies.startswith(("http://", "https://")) and launch.needs_dicomweb(Path(studies)):
+    address = None
+    if not studies.startswith(("http://", "https://")):
         from samadapt.dicomweb import child
 
         folder = Path(studies)
-        studies = child.start(folder)
-        variables = child.host_environment(folder, studies)
+        if launch.needs_dicomweb(folder):
+            address = studies = child.start(folder)
+            variables = child.host_environment(folder, studies)
+        else:
+            variables = child.start_for_volumes(folder)
+            address = variables[child.ADDRESS]
     words = launch.command(studies, host, port, settings)
     with terminal(as_json=as_json) as out:
         value = {"url": f"http://{host}:{port}", "pid": os.getpid(), "command": words}
-        out.result(value | ({"dicomweb": studies} if variables else {}), f"http://{host}:{port}")
+        out.result(value | ({"dicomweb": address} if address else {}), f"http://{host}:{port}")
     if as_json:
         os.dup2(2, 1)  # the server is this very process; its log must not follow the JSON object
     launch.run(studies, host, port, settings, variables)

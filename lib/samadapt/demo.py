@@ -396,12 +396,15 @@ def _next_steps(outcome: Outcome) -> list[str]:
         "",
         f"Server:    {outcome.url} (every request, to try out); models and progress: {outcome.url}/info/",
         f"Log:       {outcome.folder / 'server.log'}",
-        "OHIF:      not for these volumes. It shows DICOM from a DICOMweb store; NIfTI opens in 3D Slicer.",
         "",
-        "Three things to try next:",
-        f"1. 3D Slicer, module MONAI Label: connect to {outcome.url}, Next Sample, Run, correct, Submit, Train.",
-        f"2. {program} evaluate {studies}   (Dice and HD95 on the labels held out from training)",
-        f"3. {program} serve --studies YOUR_FOLDER --conf labels=first,second   (your own images)",
+        f"Now you, in OHIF: {outcome.url}/ohif/",
+        f"1. Click on a case that is not labelled ({', '.join(outcome.judged)}), then on MONAI Label.",
+        "2. In the panel samadapt: Segment; correct the mask with the brush; Submit label.",
+        "3. Update model. The bar shows the training; Next sample opens the next case with what it has learned.",
+        "",
+        f"3D Slicer, module MONAI Label: connect to {outcome.url}. Your own images:",
+        f"  {program} serve --studies YOUR_FOLDER --conf labels=first,second",
+        f"Dice and HD95 on the labels held out from training: {program} evaluate {studies}",
     ]
 
 
@@ -462,9 +465,9 @@ def _copy_studies(images: dict[str, Path], labels: LabelMap, studies: Path) -> d
 @contextlib.contextmanager
 def _server(run: Path, port: int, minutes: float, out: Terminal) -> Iterator[subprocess.Popen[bytes]]:
     """The real server over ``run/studies``; it and what it started are gone when the context is left."""
-    settings = {"max_train_minutes": str(minutes), "image_size": str(IMAGE_SIZE)}
-    words = launch.command(run / "studies", HOST, port, settings)
-    out.note(f"Starting: {' '.join(['monailabel', *words[3:]])}")
+    words = [sys.executable, "-m", "samadapt", "serve", "--studies", str(run / "studies"), "--port", str(port)]
+    words += ["--conf", f"max_train_minutes={minutes:g}", "--conf", f"image_size={IMAGE_SIZE}"]
+    out.note(f"Starting: {' '.join(words[2:])}")
     log = run / "server.log"
     with open(log, "wb") as output:
         # a session of its own: Ctrl-C reaches this process only, which then ends the server in order

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
 STUDIES_SECONDS = 12.0
 """Longest time spent on reading images; the rest of a large folder is left unread, and that is said."""
+
+LEFT_OUT_SHOWN = 10
+"""So many DICOM files that cannot be served are named."""
 
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s#;]+))?")
 _GIB = 1 << 30
@@ -181,6 +185,7 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
         formats = "NIfTI, NRRD, MHA, PNG, JPEG or DICOM folders"
         yield Check("studies", "problem", f"no image in {studies}", f"Put images there: {formats}.")
         return
+    yield from _left_out(studies)
     labelled = sum(case.label is not None for case in cases)
     yield Check("studies", "ok", f"{len(cases)} images, {labelled} labelled, in {studies}")
     if not os.access(studies, os.W_OK):
@@ -191,6 +196,23 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
     yield _cache(studies, config)
     yield from _orphans(studies, {case.id for case in cases})
     yield from _cases(studies, cases, config, say)
+
+
+def _left_out(studies: Path) -> Iterator[Check]:
+    """The DICOM files that `samadapt serve` does not show, and why."""
+    from samadapt.dicomweb.index import Index
+    from samadapt.server.launch import needs_dicomweb
+
+    if not needs_dicomweb(studies):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index([studies], Path(folder) / "index.sqlite")
+        index.update()
+        problems = index.problems()
+    for path, reason in list(problems.items())[:LEFT_OUT_SHOWN]:
+        yield Check("DICOM", "warning", f"{path}: {reason}", "It is not served: export it again, or take it out.")
+    if (more := len(problems) - LEFT_OUT_SHOWN) > 0:
+        yield Check("DICOM", "warning", f"{more} more files", "`samadapt serve` names each in its log.")
 
 
 def _records(studies: Path) -> Iterator[Check]:

@@ -48,9 +48,11 @@ async function next(strategy, status) {
 function arrive(reason) {
   const sample = JSON.parse(sessionStorage.getItem(SAMPLE) || 'null');
   reason.replaceChildren();
-  if (!sample || viewer.shownSeries().SeriesInstanceUID !== sample.id) return;
+  // Of a folder's volume the id is no series, and slices are counted in the file's order; OHIF shows its series.
+  if (!sample || viewer.shownSeries().SeriesInstanceUID !== (sample.SeriesInstanceUID || sample.id)) return;
   reason.append(element('p', { textContent: `${sample.reason} (${sample.chosen_by})` }));
-  if (!sample.slices?.length) return;
-  reason.append(sliceButtons('Begin with slice', sample.slices));
-  viewer.jumpToSlice(sample.slices[0]);
+  const slices = sample.series_slices || sample.slices;
+  if (!slices?.length) return;
+  reason.append(sliceButtons('Begin with slice', slices));
+  viewer.jumpToSlice(slices[0]);
 }

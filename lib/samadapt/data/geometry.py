@@ -24,6 +24,10 @@ MISMATCH_VOXELS = 0.2
 """Two grids are the same when no corner voxel lies further apart than this part of the smallest spacing."""
 
 
+_SERIES_AXES = ("PIR", "LIP", "LPS")
+"""Where i, j and k of a sagittal, a coronal and an axial series point to, each a right hand."""
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """A voxel grid in space.
@@ -164,6 +168,22 @@ def turn_to_lps(geometry: Geometry) -> Turn:
     identity for pictures.
     """
     return _turn(geometry, axcodes2ornt("LPS"))
+
+
+def turn_to_series(geometry: Geometry) -> Turn:
+    """The turn that brings ``geometry`` into the order of a DICOM series.
+
+    The slices are those of the acquisition plane. Rows and columns run as in the usual pictures: to the patient's left
+    and to the back (axial), left and down (coronal), or to the back and down (sagittal). k follows the normal of the
+    plane (row direction x column direction), which viewers sort slices by.
+    """
+    across = int(io_orientation(geometry.affine)[geometry.acquisition_axis, 0])
+    wanted = axcodes2ornt(_SERIES_AXES[across])
+    turn = _turn(geometry, wanted)
+    if np.linalg.det(LPS_FROM_RAS @ turn.turned.affine) > 0:
+        return turn
+    wanted[2, 1] *= -1  # far off every axis of the body, the nearest directions may form a left hand
+    return _turn(geometry, wanted)
 
 
 def turn_to(geometry: Geometry, target: Geometry) -> Turn:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import SimpleITK as sitk  # noqa: N813 - its customary name
 from PIL import Image
 
 from samadapt.data.dicom import Series, is_dicom, read_series
-from samadapt.data.geometry import LPS_FROM_RAS, Geometry, turn_to
+from samadapt.data.geometry import LPS_FROM_RAS, Geometry, Turn, turn_to, turn_to_lps
 from samadapt.errors import InputError
 from samadapt.files import atomic_path
 
@@ -72,6 +72,16 @@ class Volume:
         digest.update(repr([self.array.shape, self.array.dtype.str]).encode())
         digest.update(self.geometry.affine.tobytes())
         return digest.hexdigest()
+
+    def turned(self, turn: Turn) -> Volume:
+        """The same image on ``turn``'s other grid; a view of the voxels.
+
+        It keeps its digest where models, which see every image turned to LPS, see the same slices.
+        """
+        other = replace(self, array=turn.forward(self.array), geometry=turn.turned)
+        if turn_to_lps(other.geometry).turned.matches(turn_to_lps(self.geometry).turned):
+            other.__dict__["digest"] = self.digest
+        return other
 
 
 @dataclass(frozen=True, eq=False)

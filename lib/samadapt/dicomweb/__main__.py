@@ -16,7 +16,7 @@ import pydicom
 import uvicorn
 from tqdm import tqdm
 
-from samadapt.dicomweb.app import ROOT, Archive, application
+from samadapt.dicomweb.app import ROOT, Archive, ConvertedArchive, application
 
 logger = logging.getLogger("samadapt.dicomweb")
 
@@ -36,7 +36,8 @@ def main() -> None:
     # Real files break small rules, above all those on lengths. Their values are shown as they are, not left out.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-    archive = Archive(arguments.folder, _progress())
+    kind, unit = (ConvertedArchive, "volume") if arguments.volumes else (Archive, "file")
+    archive = kind(arguments.folder, _progress(unit))
     archive.look_in_background()
     config = uvicorn.Config(application(archive), log_level="warning", access_log=False)
     server = uvicorn.Server(config)
@@ -49,6 +50,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m samadapt.dicomweb", description=__doc__)
     made.add_argument("folder", type=Path)
+    made.add_argument("--volumes", action="store_true", help="serve its NIfTI and other volumes, converted to DICOM")
     made.add_argument("--port", type=int, default=0, help="default: any free one; the address is printed")
     made.add_argument("--parent", type=int, help="end when this process, which has started this one, has ended")
     return made
@@ -60,7 +62,7 @@ def _end_with(parent: int, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def _progress() -> Callable[[int, int], None]:
+def _progress(unit: str) -> Callable[[int, int], None]:
     """A bar where standard error is a terminal, a line every few seconds where it is a log; nothing for small work."""
     started = said = time.monotonic()
     bar: tqdm | None = None
@@ -69,12 +71,12 @@ def _progress() -> Callable[[int, int], None]:
         nonlocal bar, said, started
         now = time.monotonic()
         if bar is None and sys.stderr.isatty() and now - started > 1 and done < total:
-            bar = tqdm(total=total, unit="file", desc="DICOM files", file=sys.stderr)
+            bar = tqdm(total=total, unit=unit, desc="DICOM for viewers", file=sys.stderr)
         if bar is not None:
             bar.update(done - bar.n)
         elif now - said > LINE_EVERY_S and done < total:
             said = now
-            logger.info("%d of %d files are indexed", done, total)
+            logger.info("%d of %d %ss are ready", done, total, unit)
         if done == total and bar is not None:
             bar.close()
             bar = None

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from samadapt.dicomweb import metadata, multipart, store
+from samadapt.dicomweb import converted, metadata, multipart, store
 from samadapt.dicomweb.frames import read_frames
 from samadapt.dicomweb.index import Found, Index, Progress
 from samadapt.dicomweb.query import MODALITIES, Query, element, uid_of
@@ -53,12 +53,14 @@ class Archive:
         progress: called with files done and files in all while the folder is looked at.
     """
 
+    _database = "index.sqlite"
+
     def __init__(self, folder: Path, progress: Progress = lambda done, total: None) -> None:
         self.folder = folder.resolve()
         own = self.folder / HIDDEN / "dicomweb"
         self.received = own / "received"
         self.received.mkdir(parents=True, exist_ok=True)
-        self.index = Index([self.folder, self.received], own / "index.sqlite")
+        self.index = Index([self._images(), self.received], own / self._database)
         self._tell = progress
         self._progress = (0, 0)
         self._looked = 0.0
@@ -70,9 +72,9 @@ class Archive:
         if not self._looking.acquire(blocking=False):
             return
         try:
-            self.index.update(self._note)
+            self._update()
             self._error = ""
-        except OSError as error:  # an unplugged disk, a share that is away
+        except (OSError, SamAdaptError) as error:  # an unplugged disk, a share that is away
             self._error = str(error)
             logger.error("%s cannot be looked through: %s", self.folder, error)
         finally:
@@ -87,6 +89,16 @@ class Archive:
         if self._looked and time.monotonic() - self._looked > LOOK_AGAIN_S:
             self.look_in_background()
 
+    def _images(self) -> Path:
+        return self.folder
+
+    def _update(self) -> None:
+        self.index.update(self._note)
+
+    def problems(self) -> dict[str, str]:
+        """File -> why it is left out."""
+        return self.index.problems()
+
     def status(self) -> dict[str, Any]:
         done, total = self._progress
         return {
@@ -95,13 +107,35 @@ class Archive:
             "files_done": done,
             "files_total": total,
             **self.index.counts(),
-            "left_out": self.index.problems(),
+            "left_out": self.problems(),
             "error": self._error or None,
         }
 
     def _note(self, done: int, total: int) -> None:
         self._progress = (done, total)
         self._tell(done, total)
+
+
+class ConvertedArchive(Archive):
+    """A folder with volumes (NIfTI, ...), each shown as a DICOM series; DICOM files in the folder are not shown."""
+
+    _database = "converted.sqlite"
+
+    def __init__(self, folder: Path, progress: Progress = lambda done, total: None) -> None:
+        self._unusable: dict[str, str] = {}
+        super().__init__(folder, progress)
+
+    def _images(self) -> Path:
+        return converted.folder_in(self.folder)
+
+    def _update(self) -> None:
+        self._images().mkdir(parents=True, exist_ok=True)
+        self.index.update()  # what earlier runs have converted can be seen at once
+        self._unusable = converted.convert_all(self.folder, self.index.add, self._note)
+        self.index.update()
+
+    def problems(self) -> dict[str, str]:
+        return {**super().problems(), **self._unusable}
 
 
 def application(archive: Archive) -> FastAPI:

@@ -20,7 +20,17 @@ def holds_dicom(folder: Path) -> bool:
     return next(dicom_files(folder), None) is not None
 
 
-def start(folder: Path) -> str:
+ADDRESS = "SAMADAPT_DICOMWEB"
+"""Environment variable: where the images of a folder are served over DICOMweb, for a server whose store is the folder.
+"""
+
+
+def start_for_volumes(folder: Path) -> dict[str, str]:
+    """Serve a folder's volumes, converted to DICOM, as ``start`` does; returns the label server's setting for it."""
+    return {ADDRESS: start(folder, "--volumes")}
+
+
+def start(folder: Path, *options: str) -> str:
     """Serve ``folder`` over DICOMweb on a free loopback port until this process ends; returns the address.
 
     It survives that this process becomes another program (``exec``). It answers at once, and goes on indexing.
@@ -28,7 +38,7 @@ def start(folder: Path) -> str:
     Raises:
         StateError: it did not start.
     """
-    words = [sys.executable, "-m", "samadapt.dicomweb", str(folder), "--parent", str(os.getpid())]
+    words = [sys.executable, "-m", "samadapt.dicomweb", str(folder), "--parent", str(os.getpid()), *options]
     path = os.pathsep.join(filter(None, [str(LIBRARY), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, text=True)
     assert process.stdout is not None

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,22 @@ def raw_mask(path: Path, shape: tuple[int, int, int], image_id: str) -> np.ndarr
         )
     kind = np.uint8 if len(content) == voxels else np.dtype("<u2")
     return np.frombuffer(content, kind).reshape(shape, order="F")
+
+
+def in_order_of(frames: Sequence[str], mask: np.ndarray, slices: Any) -> np.ndarray:
+    """``mask`` (I, J, K), whose slices are named by ``slices``, with its slices in the order of ``frames``.
+
+    Raises:
+        InputError: not the same names.
+    """
+    if not isinstance(slices, list) or sorted(map(str, slices)) != sorted(frames):
+        raise InputError(
+            f"these are not the {len(frames)} images of the series",
+            where="slices",
+            remedy="Send one SOPInstanceUID for each slice, in the order of the voxels, or leave it out.",
+        )
+    place = {str(uid): n for n, uid in enumerate(slices)}
+    return mask[:, :, [place[uid] for uid in frames]]
 
 
 def _told(info: dict[str, Any]) -> str:
@@ -357,7 +373,7 @@ class SafeDatastore(LocalDatastore):
 
     def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
         raise InputError(
-            "only series of a PACS have slices with names", where="slices", remedy="Leave it out for this image."
+            "only DICOM series have slices with names", where="slices", remedy="Leave it out for this image."
         )
 
     # ---- versions

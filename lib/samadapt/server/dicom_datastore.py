@@ -27,7 +27,7 @@ from samadapt.data.rtstruct import read_rtstruct
 from samadapt.data.volume import read_label, write_image, write_mask
 from samadapt.errors import InputError, NotFoundError, SamAdaptError, UnavailableError
 from samadapt.files import write_json
-from samadapt.server.datastore import SafeDatastore
+from samadapt.server.datastore import SafeDatastore, in_order_of
 from samadapt.server.fetching import Fetching, Progress
 from samadapt.server.pacs import LabelEntry, Pacs, SeriesEntry, check_uid, wanted_by_person
 
@@ -322,15 +322,7 @@ class SafeDicomDatastore(SafeDatastore):
         return name
 
     def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
-        frames = [uid for uid, _ in self.grid(image_id).frames]
-        if not isinstance(slices, list) or sorted(map(str, slices)) != sorted(frames):
-            raise InputError(
-                f"these are not the {len(frames)} images of the series",
-                where="slices",
-                remedy="Send one SOPInstanceUID for each slice, in the order of the voxels, or leave it out.",
-            )
-        place = {str(uid): n for n, uid in enumerate(slices)}
-        return mask[:, :, [place[uid] for uid in frames]]
+        return in_order_of([uid for uid, _ in self.grid(image_id).frames], mask, slices)
 
     def forget_lists(self) -> None:
         """Ask the PACS anew what it holds."""

@@ -19,6 +19,7 @@ import numpy as np
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from samadapt.data.geometry import turn_to_series
 from samadapt.data.labels import LabelMap
 from samadapt.data.slices import put_slice
 from samadapt.data.volume import Volume, write_mask
@@ -33,6 +34,9 @@ from samadapt.server.models import Models
 logger = logging.getLogger(__name__)
 
 Request = dict[str, Any]
+AS_SERIES = "as_series"
+"""In a request, set by the app: the viewer shows the image as a DICOM series; prompts and reply lie on its grid."""
+
 SLICE_AXIS = 2  # viewers' 2D clicks live in a plane of constant k, whatever the acquisition plane was
 
 NOTHING_FOUND = "nothing was found there: click in the middle of the structure, or draw a larger box"
@@ -58,13 +62,15 @@ class _Task(InferTask):
         """Answer one request.
 
         Returns:
-            A mask file on the image's grid (the host sends and deletes it), and the reply's ``params``.
+            A mask file on the image's grid, or its series' (the host sends and deletes it), and the reply's ``params``.
 
         Raises:
             InputError: the image or an option cannot be used.
         """
         started = time.perf_counter()
         volume = self._models.volume(request["image"])
+        if request.get(AS_SERIES):
+            volume = volume.turned(turn_to_series(volume.geometry))
         form = options.mask_format(request, default_extension=".nii.gz" if volume.geometry.in_space else ".png")
         ready = time.perf_counter()
         mask, params = self.mask(volume, request)

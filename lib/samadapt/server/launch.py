@@ -12,7 +12,7 @@ from typing import NoReturn
 from samadapt.config import AppConfig
 from samadapt.data.dicom import is_dicom
 from samadapt.data.volume import image_suffix
-from samadapt.dicomweb.child import holds_dicom
+from samadapt.dicomweb.child import LIBRARY, holds_dicom
 from samadapt.errors import InputError, StateError
 
 APP_DIR = Path(__file__).resolve().parents[3] / "apps" / "samadapt"
@@ -66,9 +66,10 @@ def require_free(host: str, port: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with this Python's programs (dcmqi's among them) first on PATH."""
-    programs = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")])}
+    """This process's environment, with this Python's programs (dcmqi's among them) first on PATH, and this library."""
+    found = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(LIBRARY)}
+    paths = {name: os.pathsep.join(filter(None, [first, os.environ.get(name)])) for name, first in found.items()}
+    return {**os.environ, **paths}
 
 
 def run(

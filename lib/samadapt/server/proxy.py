@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import AsyncIterator
 from urllib.parse import quote
@@ -19,6 +20,7 @@ from monailabel.config import settings
 from monailabel.endpoints import proxy
 from starlette.background import BackgroundTask
 
+from samadapt.dicomweb.child import ADDRESS
 from samadapt.errors import InputError, NotFoundError, SamAdaptError
 
 logger = logging.getLogger(__name__)
@@ -67,12 +69,12 @@ def pacs_address(op: str, path: str) -> str:
         InputError: no DICOMweb address; one with ``..`` or an encoded character in it, above all.
         NotFoundError: this server has a folder, and no PACS.
     """
-    studies = settings.MONAI_LABEL_STUDIES.strip().rstrip("/")
+    studies = _store()
     if not studies.startswith(("http://", "https://")):
         raise NotFoundError(
             "this server has no DICOMweb store behind it",
             where="/proxy/dicom",
-            remedy="Start it with the address of one, or `samadapt serve --studies FOLDER_WITH_DICOM`.",
+            remedy="Start it with the address of one, or `samadapt serve --studies FOLDER`.",
         )
     segments = path.split("/")
     if segments[0] not in RESOURCES or not all(_SEGMENT.fullmatch(segment) for segment in segments):
@@ -89,6 +91,11 @@ def pacs_address(op: str, path: str) -> str:
     # Some versions of OHIF ask for metadata where they search.
     prefix = prefixes.get("wado" if segments[-1] == "metadata" and op == "qido" else op)
     return "/".join([studies, *([prefix.strip("/")] if prefix else []), quote(path, safe="/,:@+")])
+
+
+def _store() -> str:
+    """The PACS, or the DICOMweb server of a folder."""
+    return (os.environ.get(ADDRESS) or settings.MONAI_LABEL_STUDIES).strip().rstrip("/")
 
 
 async def _pass_on(client: httpx.AsyncClient, request: Request, op: str, path: str) -> StreamingResponse:
@@ -125,7 +132,7 @@ async def _read(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _away(error: httpx.HTTPError) -> SamAdaptError:
-    where = settings.MONAI_LABEL_STUDIES
+    where = _store()
     if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout)):
         seconds = settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT
         return PacsSlowError(
