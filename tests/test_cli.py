@@ -121,15 +121,17 @@ def test_serve_refuses_a_port_in_use(run, tmp_path):
 def test_serve_becomes_the_server(run, tmp_path, monkeypatch):
     started = []
 
-    def become(studies, host, port, conf):
-        started.append((studies, host, port, conf))
+    def become(studies, host, port, conf, variables):
+        started.append((studies, host, port, conf, variables))
         raise SystemExit(0)
 
+    monkeypatch.setattr("samadapt.dicomweb.child.start", lambda folder, *options: "http://127.0.0.1:1/dicom-web")
     monkeypatch.setattr("samadapt.server.launch.run", become)
     monkeypatch.setattr("samadapt.server.launch.require_free", lambda host, port: None)
     code, out, _ = run("serve", "--studies", tmp_path, "--conf", "labels=a,b")
     assert code == 0
-    assert started == [(str(tmp_path), "127.0.0.1", 8000, {"labels": "a,b"})]
+    variables = {"SAMADAPT_DICOMWEB": "http://127.0.0.1:1/dicom-web"}
+    assert started == [(str(tmp_path), "127.0.0.1", 8000, {"labels": "a,b"}, variables)]
     assert "http://127.0.0.1:8000" in out
 
 

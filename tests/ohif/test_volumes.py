@@ -78,5 +78,6 @@ def check_next_sample(viewer, studies, case):
     others = [record.series for record in records(folder_in(studies)) if record.case != case]
     viewer.page.wait_for_function(f"() => {others}.some((uid) => window.location.href.includes(uid))")
     viewer.wait_until_connected()
-    viewer.panel.get_by_text("Begin with slice").wait_for()
+    viewer.picture("next")
     assert viewer.series in others
+    viewer.panel.locator(".samadapt-reason p").wait_for()
