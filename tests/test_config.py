@@ -46,7 +46,7 @@ def test_an_unknown_key_lists_the_valid_ones_and_guesses():
 
 
 @pytest.mark.parametrize(
-    ("given", "labelled", "seconds"), [("auto", 1, 150), ("auto", 5, 300), ("auto", 90, 480), ("2", 90, 120)]
+    ("given", "labelled", "seconds"), [("auto", 1, 120), ("auto", 5, 300), ("auto", 90, 480), ("2", 90, 120)]
 )
 def test_the_time_of_a_training_follows_the_labelled_cases_unless_it_is_given(given, labelled, seconds):
     assert AppConfig.from_strings({"max_train_minutes": given}).train_seconds(labelled) == seconds

@@ -23,7 +23,7 @@ FORMS = ("own", "reference")
 PLANES = ("acquisition", "all")
 MISSING = ("background", "ignore")
 
-SHORTEST_MINUTES, LONGEST_MINUTES = 2.5, 8.0
+SHORTEST_MINUTES, LONGEST_MINUTES = 2.0, 8.0
 """Limits of an automatic training time. Two hippocampus volumes: Dice 0.79 after 3 minutes on two cores, 0.76 to 0.80
 after 8; eight volumes: 0.84 after 8. The shortest is the least that begins with a preview."""
 
@@ -212,7 +212,7 @@ class AppConfig:
     max_train_minutes: float | None = field(
         default=None,
         metadata=_about(
-            "training stops after so many minutes; 'auto': one for every labelled case, 2.5 at least and 8 at most",
+            "training stops after so many minutes; 'auto': one for every labelled case, 2 at least and 8 at most",
             _unless("auto", _number(0.05, 1440, float)),
         ),
     )

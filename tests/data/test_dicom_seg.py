@@ -252,3 +252,14 @@ def test_labels_are_read_as_files_too(tmp_path):
     grid, _, mask, _ = made(tmp_path, "oblique")
     write_mask(tmp_path / "m.nii.gz", mask, grid.geometry)
     assert (read_label(tmp_path / "m.nii.gz", grid.geometry) == mask).all()
+
+
+def test_names_in_any_script_survive_the_file(tmp_path):
+    grid, images = series_of(write_phantom(tmp_path / "series", KINDS["axial"]))
+    for image in images:
+        image.SpecificCharacterSet = "ISO_IR 192"
+        image.PatientName = "Müller^日本語"
+    seg = write_seg(octants(grid.geometry.shape, (2, 5)), {2: "肝臓 Ω", 5: "a\\b\0c"}, grid, images)
+    back = pydicom.dcmread(_saved(tmp_path, seg))
+    assert str(back.PatientName) == "Müller^日本語"
+    assert [segment.SegmentLabel for segment in back.SegmentSequence] == ["肝臓 Ω", "a b c"]

@@ -5,7 +5,9 @@ import io
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -15,7 +17,8 @@ from pydicom.uid import generate_uid
 
 from pacs import BACK_ENDS, MARKS, make
 from phantoms import KINDS, Kind, octants, write_phantom
-from samadapt.data.dicom import read_series
+from samadapt.data.dicom import dicom_files, read_series, series_grid
+from samadapt.data.dicom_seg import write_seg
 from serving import Server
 
 pytestmark = pytest.mark.e2e
@@ -183,3 +186,58 @@ def test_an_answer_as_dicom_seg(hospital):
     seg = pydicom.dcmread(io.BytesIO(answer.content))
     assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["liver"]
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == hospital.uids["long"]
+
+
+def test_of_several_people_at_once_the_last_label_counts_and_none_is_lost(hospital):
+    shape = read_series(hospital.folder / "mr").array.shape
+    uid = hospital.uids["mr"]
+    before = len(get(hospital, "/samadapt/label/versions", params={"image": uid}).json()["versions"])
+    masks = {f"person {n}": np.roll(octants(shape), n, axis=0) for n in range(4)}
+    with ThreadPoolExecutor(4) as people:
+        answers = list(people.map(lambda who: hospital.submit("mr", masks[who], client_id=who), masks))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    served = get(hospital, "/datastore/label", params={"label": uid, "tag": "final"})
+    versions = get(hospital, "/samadapt/label/versions", params={"image": uid}).json()["versions"]
+    assert len(versions) == before + 4
+    assert {version["client_id"] for version in versions} >= masks.keys()
+    (latest,) = [version for version in versions if version["served"]]
+    path = hospital.folder / "served.nii.gz"
+    path.write_bytes(served.content)
+    mask = masks[latest["client_id"]]
+    assert np.array_equal(nibabel.load(path).get_fdata(), mask)
+
+
+@pytest.mark.parametrize(("params", "part"), [({"client_id": {"a": 1}}, "client_id"), ({"shape": [10, 8, 6]}, "shape")])
+def test_a_label_that_contradicts_itself_is_refused_before_anything_is_stored(hospital, params, part):
+    uid = hospital.uids["ct"]
+    before = get(hospital, "/samadapt/label/versions", params={"image": uid}).json()
+    mask = octants(read_series(hospital.folder / "ct").array.shape)
+    answer = hospital.submit("ct", mask, **params)
+    assert answer.status_code == 400
+    assert answer.json()["where"] == part
+    assert get(hospital, "/samadapt/label/versions", params={"image": uid}).json() == before
+
+
+def _blank(seg):
+    seg.PixelData = bytes(len(seg.PixelData))
+
+
+def _without_places(seg):
+    del seg.PerFrameFunctionalGroupsSequence
+
+
+@pytest.mark.parametrize("spoil", [_blank, _without_places])
+def test_an_empty_or_broken_seg_of_others_takes_no_labels_place(hospital, spoil, tmp_path):
+    uid = hospital.uids["ct"]
+    mask = octants(read_series(hospital.folder / "ct").array.shape)
+    assert hospital.submit("ct", mask, client_id="ann").status_code == 200
+    before = get(hospital, "/datastore/label", params={"label": uid, "tag": "final"}).content
+    images = [pydicom.dcmread(path) for path in dicom_files(hospital.folder / "ct")]
+    seg = write_seg(mask, {2: "theirs"}, series_grid(images, "ct"), images)
+    spoil(seg)
+    seg.save_as(tmp_path / "seg.dcm", write_like_original=False)
+    hospital.pacs.upload(tmp_path)
+    hospital.submit("mr", octants(read_series(hospital.folder / "mr").array.shape))  # makes the server look again
+    after = get(hospital, "/datastore/label", params={"label": uid, "tag": "final"})
+    assert after.status_code == 200
+    assert after.content == before

@@ -213,7 +213,7 @@ def test_a_training_whose_labels_teach_clearly_less_is_refused(studies, monkeypa
 def test_short_trainings_are_not_cross_validated_and_this_is_said(studies):
     result = train(find_cases(studies)[:1], LABELS, settings_for(1, max_train_minutes="1"), Project(studies))
     assert result.cross_validation is None
-    assert "not cross-validated: the training is shorter than 150 s" in "\n".join(result.remarks)
+    assert "not cross-validated: the training is shorter than 120 s" in "\n".join(result.remarks)
 
 
 def test_folds_measure_what_an_untrained_model_learns(studies):

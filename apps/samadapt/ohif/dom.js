@@ -51,3 +51,8 @@ export function setOptions(select, values, chosen = select.value) {
   }
   if (values.includes(chosen)) select.value = chosen;
 }
+
+/** Words as a sentence begins. */
+export function capital(words) {
+  return words.charAt(0).toUpperCase() + words.slice(1);
+}

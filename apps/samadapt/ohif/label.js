@@ -1,6 +1,6 @@
 // Label: structures, brush, clicks, the model's mask with its worth, and the submission.
 
-import { button, element, field, section } from './dom.js';
+import { button, capital, element, field, section } from './dom.js';
 import { editedSlices, startFrom, takeModelMask, whenBundledFetches } from './edits.js';
 import { segmentAll } from './inference.js';
 import { pointer } from './pointer.js';
@@ -155,13 +155,25 @@ async function submit(status, scope) {
   const mask = readyMask();
   const names = viewer.structures();
   checkNames(mask, names);
-  const slices = scope.value();
-  if (slices.length === 0) throw new Error('no slice was edited since the last submission; choose the whole volume');
+  const edited = scope.value();
+  if (edited.length === 0) throw new Error('no slice was edited since the last submission; choose the whole volume');
   status.say('The label is on its way …');
+  const series = viewer.shownSeries().SeriesInstanceUID;
+  const slices = together(submitted.get(series), edited);
   const reply = await send(mask, names, slices);
+  submitted.set(series, slices);
   startFrom(mask);
   scope.refresh();
-  status.say(['The label is safe.', ...(reply.warnings || [])].join(' '));
+  status.say(['The label is safe.', ...(reply.warnings || []).map((words) => `${capital(words)}.`)].join(' '));
+}
+
+/** What this page has submitted of each series: a correction adds to it. */
+const submitted = new Map();
+
+/** Labelled slices: 'all', or numbers from 0. */
+function together(before, now) {
+  if (before === 'all' || now === 'all') return 'all';
+  return [...new Set([...(before || []), ...now])].sort((a, b) => a - b);
 }
 
 /** Whether there are changes that nobody has submitted. */

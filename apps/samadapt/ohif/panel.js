@@ -1,6 +1,6 @@
 // The panel: its sections, what it says, and how it keeps up with the server.
 
-import { element } from './dom.js';
+import { capital, element } from './dom.js';
 import { labelSection } from './label.js';
 import { modelsSection } from './models.js';
 import { samplesSection } from './samples.js';
@@ -67,10 +67,6 @@ function makeStatus() {
       slow.textContent = is ? 'The server is away. This page tries again by itself; keep it open.' : '';
     },
   };
-}
-
-function capital(words) {
-  return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
 /** Asks for the server's state again and again: oftener while a training runs, not at all while nobody looks. */

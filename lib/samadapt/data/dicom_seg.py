@@ -118,7 +118,7 @@ def _segmentation(
     pixels: np.ndarray, sources: list[Dataset], names: list[str], creator: str | None
 ) -> hd.seg.Segmentation:
     """``pixels`` (frames, rows, columns) with segment n as value n; ``names[n - 1]`` is what it is called."""
-    return hd.seg.Segmentation(
+    made = hd.seg.Segmentation(
         source_images=sources,
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
@@ -135,6 +135,8 @@ def _segmentation(
         content_label="SEGMENTATION",
         content_creator_name=_person(creator),
     )
+    made.SpecificCharacterSet = "ISO_IR 192"  # UTF-8: patients and structures have names in every script
+    return made
 
 
 def _person(name: str | None) -> PersonName | None:
@@ -172,7 +174,7 @@ def _description(number: int, name: str) -> hd.seg.SegmentDescription:
     category, kind = code_of(name)
     return hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=re.sub(r"[\\\x00-\x1f]", " ", name)[:64],  # a backslash would begin a second value
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.SEMIAUTOMATIC,

@@ -346,6 +346,8 @@ class SafeDatastore(LocalDatastore):
         """
         tag = check_tag(label_tag)
         info = dict(label_info or {})
+        if not isinstance(info.get("client_id", ""), str):
+            raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
         with self._as_image(image_id, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
             self._store_checked(image_id, file, tag, info, mask)
@@ -363,6 +365,12 @@ class SafeDatastore(LocalDatastore):
             yield file
             return
         geometry = self.geometry_of(self.image_path(image_id))
+        if (shape := info.pop("shape", None)) is not None and shape != list(geometry.shape):
+            raise InputError(
+                f"the voxels' shape is {shape}, the image's {list(geometry.shape)}",
+                where="shape",
+                remedy="Send the image's own grid: i fastest, then j, then k.",
+            )
         mask = raw_mask(Path(file), geometry.shape, image_id)
         if (slices := info.pop("slices", None)) is not None:
             mask = self._in_order(image_id, mask, slices)

@@ -65,7 +65,7 @@ class SafeDicomDatastore(SafeDatastore):
         self._attributes = folder / ".dicom"
         self._pacs = Pacs(client, wanted_by_person(), self._attributes / "labels")
         self._fetching = Fetching(self._fetch)
-        self._taking_in = threading.Lock()
+        self._taking_in = threading.RLock()  # also held by a save: its SEG in the PACS is no label of somebody else
         super().__init__(str(folder))
 
     def name(self) -> str:
@@ -248,15 +248,20 @@ class SafeDicomDatastore(SafeDatastore):
             for entry in [one for one in self._usable() if one.image == image_id and one.object not in known]:
                 try:
                     self._take_in(entry)
-                except InputError as error:
+                except UnavailableError:
+                    raise
+                # pydicom and highdicom raise almost anything on a damaged object; the other labels count all the same.
+                except Exception as error:
                     logger.warning("the %s %s cannot be a label: %s", entry.modality, entry.object, error)
-                    self._pacs.refuse(entry, str(error))
+                    self._pacs.refuse(entry, str(error) or type(error).__name__)
 
     def _take_in(self, entry: LabelEntry) -> None:
         path = self.image_path(entry.image)
         grid = self.grid(entry.image)
         read = read_seg if entry.modality == "SEG" else read_rtstruct
         label = read(self._pacs.fetch_label(entry), grid)
+        if not label.mask.any():
+            raise InputError("nothing is drawn in it", where=entry.object)
         info = {**_info_of(entry), "remarks": list(label.remarks)}
         with tempfile.TemporaryDirectory() as folder, self._exclusive:
             file = Path(folder) / f"{entry.image}.nii.gz"
@@ -282,9 +287,10 @@ class SafeDicomDatastore(SafeDatastore):
         and counts all the same; a remark says so.
         """
         self.image_path(image_id)
-        if str(getattr(label_tag, "value", label_tag)) == FINAL:
-            self.take_in(image_id)  # else it would count as newer than this label
-        return super().save_label(image_id, label_filename, label_tag, label_info)
+        with self._taking_in:
+            if str(getattr(label_tag, "value", label_tag)) == FINAL:
+                self.take_in(image_id)  # else it would count as newer than this label
+            return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def _store_checked(self, image_id: str, file: str, tag: str, info: dict[str, Any], mask: np.ndarray) -> None:
         super()._store_checked(image_id, file, tag, info, mask)

@@ -27,7 +27,7 @@ SHARE = 0.2
 """Share of a training's time, and of its steps, that all folds learn for together; with what it takes to measure them
 it is about a quarter. The intensity window and the image size are those of the whole training."""
 
-WORTHWHILE = 150.0
+WORTHWHILE = 120.0
 """Seconds of a training from which on it is cross-validated: the folds of a shorter one would learn next to nothing."""
 
 CHECKED_SLICES = 64

@@ -14,7 +14,7 @@ SECONDS = 10.0
 STEPS = 400
 ROUNDS = 3
 
-WORTHWHILE = 150.0
+WORTHWHILE = 120.0
 """Seconds of a training from which on it begins with a preview; a shorter one needs them for its own steps."""
 
 
