@@ -346,7 +346,7 @@ class SafeDatastore(LocalDatastore):
         """
         tag = check_tag(label_tag)
         info = dict(label_info or {})
-        if not isinstance(info.get("client_id", ""), str):
+        if not isinstance(info.get("client_id"), str | None):  # MONAI Label's own client sends null
             raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
         with self._as_image(image_id, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
