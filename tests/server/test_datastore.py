@@ -73,6 +73,21 @@ def test_a_refused_label_is_named_by_its_image(studies, tmp_path):
     assert caught.value.where == "label of a"
 
 
+@pytest.mark.parametrize("info", [{}, {"client_id": None}, {"client_id": "ann"}])
+def test_who_labelled_may_be_said_or_not(studies, tmp_path, info):
+    """MONAI Label's own client sends null where it has no id."""
+    SafeDatastore(str(studies)).save_label("a", label_of(tmp_path / "l.nii.gz", 3), "final", {**info_of(3), **info})
+    assert stored(studies) == (3, 3)
+
+
+def test_who_labelled_is_a_text(studies, tmp_path):
+    with pytest.raises(InputError):
+        SafeDatastore(str(studies)).save_label(
+            "a", label_of(tmp_path / "l.nii.gz", 3), "final", {"client_id": {"a": 1}}
+        )
+    assert stored(studies) is None
+
+
 def test_images_are_listed_and_labels_found_again(studies, tmp_path):
     datastore = SafeDatastore(str(studies))
     assert sorted(datastore.list_images()) == ["a", "b", "c.d"]
