@@ -52,6 +52,21 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+def sent_mask(file: str, shape: tuple[int, int, int], image_id: str, info: dict[str, Any]) -> np.ndarray:
+    """As ``raw_mask``, where ``info`` (which loses it) does not say another ``shape``.
+
+    Raises:
+        InputError: it does, or as ``raw_mask``.
+    """
+    if (said := info.pop("shape", None)) is not None and said != list(shape):
+        raise InputError(
+            f"the voxels' shape is {said}, the image's {list(shape)}",
+            where="shape",
+            remedy="Send the image's own grid: i fastest, then j, then k.",
+        )
+    return raw_mask(Path(file), shape, image_id)
+
+
 def raw_mask(path: Path, shape: tuple[int, int, int], image_id: str) -> np.ndarray:
     """Voxels as OHIF holds them -> (I, J, K): i fastest, then j, then k; one byte each, or two (little endian).
 
@@ -365,13 +380,7 @@ class SafeDatastore(LocalDatastore):
             yield file
             return
         geometry = self.geometry_of(self.image_path(image_id))
-        if (shape := info.pop("shape", None)) is not None and shape != list(geometry.shape):
-            raise InputError(
-                f"the voxels' shape is {shape}, the image's {list(geometry.shape)}",
-                where="shape",
-                remedy="Send the image's own grid: i fastest, then j, then k.",
-            )
-        mask = raw_mask(Path(file), geometry.shape, image_id)
+        mask = sent_mask(file, geometry.shape, image_id, info)
         if (slices := info.pop("slices", None)) is not None:
             mask = self._in_order(image_id, mask, slices)
         with tempfile.TemporaryDirectory() as folder:

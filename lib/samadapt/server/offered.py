@@ -17,7 +17,7 @@ from samadapt.data.geometry import turn_to_series
 from samadapt.data.volume import write_mask
 from samadapt.dicomweb import converted
 from samadapt.dicomweb.converted import Converted
-from samadapt.server.datastore import RAW, SafeDatastore, in_order_of, raw_mask
+from samadapt.server.datastore import RAW, SafeDatastore, in_order_of, sent_mask
 
 
 class OfferedDatastore(SafeDatastore):
@@ -131,7 +131,7 @@ class OfferedDatastore(SafeDatastore):
             yield file
             return
         turn = turn_to_series(self.geometry_of(self.image_path(record.case)))
-        mask = raw_mask(Path(file), turn.turned.shape, record.series)
+        mask = sent_mask(file, turn.turned.shape, record.series, info)
         if (slices := info.pop("slices", None)) is not None:
             mask = in_order_of(record.instances, mask, slices)
         with tempfile.TemporaryDirectory() as folder:
