@@ -1,6 +1,8 @@
 """The simulated annotator: clicks by what the model has right, and where they fall."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from samadapt.data.geometry import Geometry
 from samadapt.data.labels import LabelMap
+from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.evaluation import annotator
 from samadapt.evaluation.annotator import Costs, FullAnnotator, RobotAnnotator, inner_pixel
@@ -105,6 +108,24 @@ def test_clicks_are_not_exact_and_the_seed_decides_them(monkeypatch, volume, tru
     firsts = [clicks[0] for _, clicks, _ in clicked.clicks[::2]]
     assert firsts[0] == firsts[1]
     assert len(set(firsts)) > 1
+
+
+def test_the_same_object_is_clicked_once_for_all_runs(monkeypatch, volume, truth, tmp_path):
+    """However much of it the model has by then: what it lacks is begun anew."""
+    _, clicked = robot(monkeypatch, truth, 2)
+    half = np.where(np.arange(SHAPE[0])[:, None, None] % 3 == 0, truth, 0).astype(np.uint8)
+    plain = SimpleNamespace(frozen_key="weights")
+    efforts = []
+    for found in (np.zeros_like(truth), half):
+        annotates = RobotAnnotator(LABELS, plain, SliceCache(tmp_path / "cache", gib=1))
+        efforts.append(annotates.label(volume, truth, found, range(8), seed=3))
+    once = len(clicked.clicks)
+    assert efforts[0] == efforts[1] == annotator.Effort(6 * 2 * 2.0, 0.0)
+    assert once == 3 * 2 * 2  # slices, structures, clicks
+    annotates.label(volume, truth, half, range(8), seed=4)
+    another = replace(volume, array=volume.array + 1)
+    annotates.label(another, truth, half, range(8), seed=3)
+    assert len(clicked.clicks) == 3 * once
 
 
 def test_drawing_everything_counts_structures_by_slice(volume, truth):

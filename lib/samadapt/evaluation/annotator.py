@@ -8,8 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from samadapt.data.labels import LabelMap
@@ -31,6 +33,9 @@ MOST_CLICKS = 5
 CLICKED_SLICES = 3
 """Slices of a case on which clicks are counted, evenly spread over those that show something; the others are taken to
 need as many on average."""
+
+VERSION = 1
+"""Of the robot's rules; to be raised with them, as the clicks that they lead to are kept."""
 
 JITTER = 0.5
 """A click hits a place at least this deep inside the error, in parts of the greatest depth."""
@@ -83,7 +88,7 @@ class Annotator(ABC):
             truth: uint8 (I,J,K) on the volume's grid.
             found: the same as the model has it; zeros where there is none.
             slices: which ones, across the acquisition axis of the image as stored.
-            seed: of whatever is random.
+            seed: of whatever is random: with the same one the same object takes the same clicks, whoever chose it.
         """
 
 
@@ -113,7 +118,7 @@ class RobotAnnotator(Annotator):
     Args:
         labels: the classes.
         plain: answers the clicks; best at the image size that its backbone was made for.
-        cache: of its embeddings.
+        cache: of its embeddings, and of the clicks that objects take.
     """
 
     def __init__(self, labels: LabelMap, plain: AdaptedModel, cache: SliceCache | None) -> None:
@@ -123,7 +128,7 @@ class RobotAnnotator(Annotator):
 
     def label(self, volume: Volume, truth: np.ndarray, found: np.ndarray, slices: Sequence[int], seed: int) -> Effort:
         """As ``Annotator.label``, counted on ``CLICKED_SLICES`` slices."""
-        axis, random = volume.geometry.acquisition_axis, np.random.default_rng(seed)
+        axis = volume.geometry.acquisition_axis
         busy = [n for n in slices if take_slice(truth, axis, n).any() or take_slice(found, axis, n).any()]
         if not busy:
             return Effort(0.0, 0.0)
@@ -132,20 +137,28 @@ class RobotAnnotator(Annotator):
         for index in (busy[place] for place in places):
             for value in range(1, len(self._labels) + 1):
                 wanted, had = take_slice(truth, axis, index) == value, take_slice(found, axis, index) == value
-                needed = self._clicks(volume, wanted, had, axis, index, random)
+                needed = self._needed(volume, wanted, had, axis, index, seed)
                 clicks += min(needed, MOST_CLICKS)
                 outlines += needed > MOST_CLICKS
         scale = len(busy) / len(places)
         return Effort(clicks * scale, outlines * scale)
 
-    def _clicks(
-        self, volume: Volume, wanted: np.ndarray, had: np.ndarray, axis: int, index: int, random: np.random.Generator
-    ) -> int:
+    def _needed(self, volume: Volume, wanted: np.ndarray, had: np.ndarray, axis: int, index: int, seed: int) -> int:
         """Clicks until one structure of one slice is good; more than ``MOST_CLICKS``: it is not good by then."""
         if _dice(had, wanted) >= GOOD:
             return 0
         if not wanted.any():
             return 1
+        digest = sha256(f"{volume.digest} {axis} {index}".encode() + np.packbits(wanted).tobytes()).hexdigest()
+        random = np.random.default_rng([seed, int(digest[:15], 16)])
+        if self._cache is None:
+            return self._clicks(volume, wanted, axis, index, random)
+        key = f"clicks {VERSION} {self._plain.frozen_key} {digest} {seed}"
+        (kept,) = self._cache.gather([key], lambda _: [torch.tensor(self._clicks(volume, wanted, axis, index, random))])
+        return int(kept)
+
+    def _clicks(self, volume: Volume, wanted: np.ndarray, axis: int, index: int, random: np.random.Generator) -> int:
+        """As ``_needed``, begun anew."""
         inside: list[Voxel] = [_voxel(inner_pixel(wanted, random), axis, index)]
         outside: list[Voxel] = []
         for count in range(1, MOST_CLICKS + 1):

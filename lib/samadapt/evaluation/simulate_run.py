@@ -194,7 +194,7 @@ class _Run:
             if not chosen:
                 break
             with _timed(compute, "annotator"):
-                spent = self._label(chosen, number)
+                spent = self._label(chosen)
             with _timed(compute, "training"):
                 self._train(number)
             with _timed(compute, "testing"):
@@ -301,7 +301,7 @@ class _Run:
 
     # ---- labelling
 
-    def _label(self, chosen: Sequence[Chosen], number: int) -> dict[str, float]:
+    def _label(self, chosen: Sequence[Chosen]) -> dict[str, float]:
         """Label what was chosen; what that cost."""
         annotator, costs = self._annotator, self._job.protocol.costs
         spent = dict.fromkeys(("volumes", "slices", "clicks", "outlines", "seconds"), 0.0)
@@ -310,7 +310,7 @@ class _Run:
             volume, truth, _ = read_case(case, self._labels)
             slices = range(len(self._prepared[one.id])) if one.slices is None else one.slices
             found = segment(self._models[-1], volume, cache=self._cache) if self._models else np.zeros_like(truth)
-            effort: Effort = annotator.label(volume, truth, found, slices, 1000 * self._job.seed + number)
+            effort: Effort = annotator.label(volume, truth, found, slices, self._job.seed)
             seconds = costs.seconds(len(slices), effort.clicks, effort.outlines)
             parts = (one.id not in self._labelled, len(slices), effort.clicks, effort.outlines, seconds)
             for name, value in zip(spent, parts, strict=True):
