@@ -19,7 +19,7 @@ test: lint ## ruff, mypy and all tests; with ARGS, which go to pytest, those tha
 ifeq ($(ARGS),)
 	@result=0; \
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not e2e" -n 2 --dist worksteal || result=1; \
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "e2e and not alone" -n 2 --dist loadfile || result=1; \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "e2e and not alone" -n 2 --dist loadfile --no-loadscope-reorder || result=1; \
 	$(VENV)/bin/python -m pytest -m alone || result=1; \
 	exit $$result
 else

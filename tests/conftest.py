@@ -14,6 +14,11 @@ hypothesis.settings.register_profile("samadapt", deadline=None)
 hypothesis.settings.load_profile("samadapt")
 
 
+def pytest_collection_modifyitems(items):
+    """Long ones first, so that the others fill the second core meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def one_thread():
     """Models this small gain nothing from threads, and threads that wait for a busy core cost seconds."""

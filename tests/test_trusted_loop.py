@@ -23,7 +23,7 @@ from test_real_loop import NAMES, PERMUTED, submit
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.alone,
+    pytest.mark.long,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the labelled volumes of {DATA}"),
 ]
 
