@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,12 @@ class Versions:
         """Every version, oldest first."""
         events, current = self.events(), self._project.published()
         return [_version(self._file(name), events, current) for name in self.names()]
+
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """What the trainings of all versions noted, oldest first; damaged files are left out."""
+        for name in self.names():
+            with suppress(SamAdaptError):
+                yield read_info(self._file(name)).training
 
     def get(self, name: str) -> Version:
         """One version.

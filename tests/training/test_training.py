@@ -115,12 +115,31 @@ def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(
     assert [case.id for case in Ledger(path).split(later)[1]] == ["d", "e"]
 
 
-def test_a_damaged_ledger_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("text", ['{"case a": "maybe"}', '{"case a": ["train"]}', '{"case a": {}}', "[]", "{"])
+def test_a_damaged_ledger_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "ledger.json"
-    path.write_text('{"case a": "maybe"}')
+    path.write_text(text)
     with pytest.raises(InputError, match=r"ledger\.json"):
         Ledger(path)
-    assert path.read_text() == '{"case a": "maybe"}'
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("gone", ["the file", "one line"])
+def test_a_ledger_that_is_lost_is_restored_from_what_models_were_trained_on(studies, gone):
+    write_studies(studies.parent / "more", 6)
+    cases, project = find_cases(studies.parent / "more"), Project(studies)
+    train(cases[:5], LABELS, settings_for(1), project)
+    roles = json.loads(project.ledger.read_text())
+    assert [name for name, role in roles.items() if role == "held-out"] == ["case case_3"]
+    if gone == "the file":
+        project.ledger.unlink()
+    else:
+        project.ledger.write_text(json.dumps({name: role for name, role in roles.items() if name != "case case_3"}))
+    result = train(cases[1:], LABELS, settings_for(1), project)  # drawn anew, case_4 would be the fourth
+    manifest = read_info(result.model).training
+    assert manifest["held_out"] == ["case_3"]
+    assert any("ledger.json had lost" in remark and "case_3" in remark for remark in result.remarks)
+    assert json.loads(project.ledger.read_text()).items() >= roles.items()
 
 
 # ---- slices

@@ -33,7 +33,7 @@ from samadapt.recipes import Recipe
 from samadapt.training import crossval, preview
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
-from samadapt.training.ledger import Ledger
+from samadapt.training.ledger import Ledger, roles_in
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
 from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
@@ -146,7 +146,10 @@ class _Training:
     ) -> None:
         if not cases:
             raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
-        self._training, self._held_out = Ledger(project.ledger).split(cases)
+        self._versions = Versions(project)
+        ledger = Ledger(project.ledger, roles_in(self._versions.manifests()))
+        self._training, self._held_out = ledger.split(cases)
+        self._restored = ledger.restored
         if not self._training:
             raise StateError(
                 f"all {len(cases)} labelled cases are held out to judge models by",
@@ -155,7 +158,6 @@ class _Training:
             )
         self._label_hashes = {case.id: sha256_of(case.label) for case in cases if case.label}
         self._name = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
-        self._versions = Versions(project)
         self._labels = labels
         self._config = config
         self._project = project
@@ -183,6 +185,11 @@ class _Training:
         remarks += partly_labelled(prepared)
         if synthetic and synthetic.remark:
             remarks.append(synthetic.remark)
+        if self._restored:
+            remarks.append(
+                f"{self._project.ledger.name} had lost {len(self._restored)} cases; they train or are held out as the "
+                f"models' manifests say: {', '.join(self._restored)}"
+            )
         for remark in remarks:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
