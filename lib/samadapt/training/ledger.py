@@ -61,7 +61,7 @@ class Ledger:
         return training, [case for case in cases if self._known(case.id) == HELD_OUT]
 
     def _restore(self, cases: Sequence[Case]) -> None:
-        """Give back the roles that the file has lost: all that are remembered, so that later cases are drawn as ever."""
+        """Give back all roles that the file has lost, also of absent cases, so that new ones are drawn as ever."""
         lost = {name: role for name, role in self._remembered.items() if self._known(name) is None}
         self._roles.update({f"case {name}": role for name, role in lost.items()})
         self.restored = sorted(case.id for case in cases if case.id in lost)

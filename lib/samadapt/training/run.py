@@ -27,7 +27,7 @@ from samadapt.errors import SamAdaptError, StateError
 from samadapt.evaluation.intervals import Estimate
 from samadapt.evaluation.metrics import mean_by_class
 from samadapt.files import sha256_of
-from samadapt.model import AdaptedModel, ModelInfo, read_info
+from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.recipes import Recipe
 from samadapt.training import crossval, preview
@@ -280,7 +280,8 @@ class _Training:
             return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
         current = self._project.published()
-        model.describe(answers_prompts=read_info(current).answers_prompts if current else False)
+        before = read_info_if_readable(current) if current else None
+        model.describe(answers_prompts=before.answers_prompts if before else False)
         file, verdict = self._decide(model, done, parent, measured)
         if not verdict.published:
             file.unlink()
@@ -450,16 +451,17 @@ def _image_size(side: int, backbone: str) -> int:
 
 
 def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
-    """The published model, if it was built as ``model`` is."""
+    """The published model, if it was built as ``model`` is; a damaged one is none to go on from."""
     published = project.published()
-    if published is None:
+    known = read_info_if_readable(published) if published else None
+    if known is None:
         return None
 
     def build(info: ModelInfo) -> tuple[Any, ...]:
         seen = info.image_size, info.context, info.planes
         return info.recipe, info.labels, info.backbone, info.weights_sha256, *seen
 
-    return published if build(read_info(published)) == build(model.info) else None
+    return published if build(known) == build(model.info) else None
 
 
 def refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
