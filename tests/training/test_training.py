@@ -142,6 +142,17 @@ def test_a_ledger_that_is_lost_is_restored_from_what_models_were_trained_on(stud
     assert json.loads(project.ledger.read_text()).items() >= roles.items()
 
 
+def test_what_a_training_notes_is_json_where_no_held_out_case_shows_a_structure(studies):
+    project = Project(studies)
+    train(find_cases(studies), LabelMap(("bright", "dark", "new")), settings_for(1), project)
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    status = json.loads((project.training / "status.json").read_text(), parse_constant=refuse)
+    assert status["dice"]["new"] is None
+
+
 # ---- slices
 
 

@@ -30,6 +30,7 @@ from samadapt.files import sha256_of
 from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.recipes import Recipe
+from samadapt.terminal import plain
 from samadapt.training import crossval, preview
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
@@ -523,6 +524,6 @@ class _Status:
     def _write(self) -> None:
         self._last = time.time()
         self._record.update(started=self._started, seconds=self._last - self._started)
-        self._project.write_status(**self._record)
+        self._project.write_status(**plain(self._record))
         if self._callback:
             self._callback(dict(self._record))
