@@ -375,5 +375,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"not a readable safetensors file ({error})", where=path, remedy="Train again or restore it from a backup."
+            f"not a readable safetensors file ({error})",
+            where=path,
+            remedy="Put another version in service (samadapt models rollback), train again, or restore it.",
         ) from error

@@ -108,6 +108,15 @@ def test_no_case_changes_sides_when_its_patient_becomes_known_or_unknown(tmp_pat
                 assert roles.setdefault(case.id, role) == role
 
 
+def test_a_new_case_is_held_out_where_the_one_that_was_has_lost_its_label(tmp_path):
+    """Else nothing would be compared until the eighth case."""
+    path = tmp_path / "ledger.json"
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcd"])[1]] == ["d"]
+    assert Ledger(path).split([Case(name, Path("x")) for name in "abc"])[1] == []
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcef"])[1]] == ["e"]
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcdef"])[1]] == ["d", "e"]
+
+
 def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(tmp_path):
     path = tmp_path / "ledger.json"
     Ledger(path).split([Case(name, Path("x")) for name in "abcd"])

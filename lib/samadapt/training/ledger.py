@@ -52,7 +52,7 @@ class Ledger:
         for case in ordered:
             if self._known(case.id) is None:
                 group = f"patient {case.patient}" if case.patient else f"case {case.id}"
-                role = self._roles.setdefault(group, self._role_of_patient(case, ordered) or self._draw())
+                role = self._roles.setdefault(group, self._role_of_patient(case, ordered) or self._draw(cases))
                 if case.patient:
                     self._roles[f"{group}{_MEMBER}{case.id}"] = role
         if len(self._roles) != before:
@@ -77,9 +77,12 @@ class Ledger:
         others = {self._known(other.id) for other in cases if case.patient and other.patient == case.patient}
         return next((role for role in (TRAIN, HELD_OUT) if role in others), None)
 
-    def _draw(self) -> str:
+    def _draw(self, cases: Sequence[Case]) -> str:
+        """Every fourth group is held out; and one at once where those that were have lost their labels."""
         groups = sum(_MEMBER not in name for name in self._roles)
-        return HELD_OUT if groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
+        present = {case.patient or f"case {case.id}": role for case in cases if (role := self._known(case.id))}
+        none_left = len(present) >= HELD_OUT_EVERY - 1 and HELD_OUT not in present.values()
+        return HELD_OUT if none_left or groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
 
 
 def roles_in(manifests: Iterable[Mapping[str, Any]]) -> dict[str, str]:
