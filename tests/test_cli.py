@@ -95,6 +95,7 @@ def test_version(run):
         (["recipes", "--backbone", "sam"], 2, "lite_medsam"),
         (["doctor", "--conf", "weights=nowhere.pth"], 2, "No such file"),
         (["demo", "--port", "eighty"], 2, "--port"),
+        (["simulate", "EMPTY", "--output", __file__], 2, "that is a file"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(run, tmp_path, words, code, part):
@@ -176,9 +177,10 @@ def test_train_infer_evaluate(run, studies, tmp_path, tiny_backbone):
     judged = json.loads(out)
     assert [case["case"] for case in judged["cases"]] == ["case_3"]  # every fourth is held out
     assert set(judged["mean"]["dice"]) == {"bright", "dark"}
+    assert judged["estimates"]["calibrated_on"] == ["case_3"]
     code, out, _ = run("evaluate", studies, "--all")
     assert code == 0
-    assert all(word in out for word in ("case_0", "case_3", "mean", "HD95"))
+    assert all(word in out for word in ("case_0", "case_3", "mean", "HD95", "set right on 1 of these 4 cases"))
 
     (studies / "broken.nii.gz").write_bytes(b"not an image")
     code, out, err = run("infer", studies, "--output", tmp_path / "masks", "--format", ".nrrd", "--json")

@@ -114,6 +114,23 @@ def test_a_rollback_restores_byte_identical_predictions_without_a_restart(projec
     assert predict() == before
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda own: own.promote("v0002", "bob", CONFIG), lambda own: own.rollback("bob", CONFIG)]
+)
+def test_of_two_people_who_ask_for_the_same_at_once_one_is_told_so(trained, monkeypatch, ask):
+    check = versions._require_loadable
+
+    def while_ann_is_quicker(version, config):
+        monkeypatch.setattr(versions, "_require_loadable", check)
+        trained.promote("v0002", "ann", CONFIG)
+
+    monkeypatch.setattr(versions, "_require_loadable", while_ann_is_quicker)
+    before = len(trained.events())
+    with pytest.raises(StateError, match="v0002 is in service already"):
+        ask(trained)
+    assert [event["by"] for event in trained.events()[before:]] == ["ann"]
+
+
 def test_names_that_are_none_are_refused(trained):
     for name in ("", "v1", "latest", "../v0001", "v0001.safetensors", "v0001/..", "V0001", "v0001\n"):
         with pytest.raises(InputError, match="no version") as caught:

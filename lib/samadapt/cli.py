@@ -499,7 +499,10 @@ def _agreement(scores: list[dict[str, Any]], model: AdaptedModel, path: Path | N
         f"Estimates and true Dice of {agreed.count} masks: rank correlation {figure(agreed.rank_correlation, 2)}, "
         f"mean error {figure(agreed.error, 2)}, estimates too high by {figure(agreed.bias, 2)}."
     )
-    return vars(agreed), said
+    seen = sorted({score["case"] for score in scores} & set(model.info.training.get("held_out", [])))
+    if seen:
+        said += f" They were set right on {len(seen)} of these {len(scores)} cases, so the error and bias flatter."
+    return {**vars(agreed), "calibrated_on": seen}, said
 
 
 def _score(model: AdaptedModel, case: Case) -> dict[str, Any]:

@@ -360,6 +360,14 @@ def read_info(path: str | Path) -> ModelInfo:
     return ModelInfo.from_json(metadata.get("samadapt", "{}"), where=path)
 
 
+def read_info_if_readable(path: str | Path) -> ModelInfo | None:
+    """``read_info``; None where the file is missing or damaged."""
+    try:
+        return read_info(path)
+    except InputError:
+        return None
+
+
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise InputError("no such model file", where=path)
@@ -367,5 +375,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"not a readable safetensors file ({error})", where=path, remedy="Train again or restore it from a backup."
+            f"not a readable safetensors file ({error})",
+            where=path,
+            remedy="Put another version in service (samadapt models rollback), train again, or restore it.",
         ) from error

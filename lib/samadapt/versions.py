@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,12 @@ class Versions:
         events, current = self.events(), self._project.published()
         return [_version(self._file(name), events, current) for name in self.names()]
 
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """What the trainings of all versions noted, oldest first; damaged files are left out."""
+        for name in self.names():
+            with suppress(SamAdaptError):
+                yield read_info(self._file(name)).training
+
     def get(self, name: str) -> Version:
         """One version.
 
@@ -190,7 +196,7 @@ class Versions:
         """
         version = self.get(name)
         if version.in_service:
-            raise StateError(f"{name} is in service already", where="version", remedy=self._known())
+            raise self._serves_already(name)
         return self._put_in_service(PROMOTED, version, by, config)
 
     def previous(self) -> Version:
@@ -224,9 +230,14 @@ class Versions:
         _require_loadable(version, config)
         with self._locked():
             current = self._project.published()
+            if current == version.file:
+                raise self._serves_already(version.name)  # somebody else was quicker
             reason = f"instead of {current.stem}" if current else "nothing was in service"
             self._serve(kind, version.file, by, reason, None)
         return self.get(version.name)
+
+    def _serves_already(self, name: str) -> StateError:
+        return StateError(f"{name} is in service already", where="version", remedy=self._known())
 
     def _serve(self, kind: str, model: Path, by: str, reason: str, training: str | None) -> None:
         event = self._event(kind, model, by, reason, training)

@@ -13,6 +13,7 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.data.view import ModelView
 from samadapt.data.volume import read_volume
 from samadapt.encoding import SliceEncoder
+from samadapt.errors import InputError
 from samadapt.server import ahead
 from tiny import BACKBONES, write_phantom
 
@@ -110,7 +111,7 @@ def test_every_image_is_encoded_and_looked_at_and_progress_says_so(working, serv
 
 def test_what_is_on_somebody_s_screen_comes_first(working, serving, images):
     order = []
-    working._embed = order.append
+    working._embed = lambda image, volume: order.append(image)
     working.first("two")
     working.first("three")
     working.start()
@@ -136,6 +137,18 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(working, serving,
     wait_for(lambda: encoded(serving, images["three"]) == 6)
     assert "one is not encoded ahead" in caplog.text
     assert list(told.failed) == ["one"]
+
+
+@pytest.mark.parametrize("at_fault", ["model", "label"])
+def test_an_image_is_not_to_blame_for_a_damaged_model_or_label(working, monkeypatch, caplog, told, at_fault):
+    def damaged(*args):
+        raise InputError("damaged", where=at_fault)
+
+    monkeypatch.setattr(working, *(("_embed", damaged) if at_fault == "model" else ("_look", damaged)))
+    working.start()
+    wait_for(lambda: working.progress()["images_done"] == 3)
+    assert "three is not encoded ahead" in caplog.text
+    assert told.failed == {}
 
 
 def test_an_image_with_a_new_label_is_looked_at_again(working, told):

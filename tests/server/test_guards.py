@@ -12,6 +12,7 @@ import pytest
 from fastapi import HTTPException
 from monailabel.utils.async_tasks import utils
 
+from samadapt.errors import InputError
 from samadapt.server import guards
 
 
@@ -65,3 +66,10 @@ def test_a_second_training_is_refused_before_the_first_has_its_process(monkeypat
     utils.background_tasks["train"][0]["status"] = "DONE"
     run("samadapt", {})
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("client", [5, True, 0, ["ann"], {"name": "ann"}])
+def test_who_asks_for_a_case_gives_a_name_or_none(client):
+    app = SimpleNamespace(_strategies={"first": None})
+    with pytest.raises(InputError, match="client_id"):
+        guards._sample(lambda *args: pytest.fail("asked on"), app)("first", {"client_id": client})

@@ -108,7 +108,7 @@ def test_every_strategy_gives_everybody_a_case_of_their_own(name, looked, outloo
         assert all(0 <= index < 6 for index in answer["slices"])
         assert len(set(answer["slices"])) == len(answer["slices"])
     assert outlook.propose(strategy(name), "eve") is None
-    assert "3 images" in outlook.why_nothing()
+    assert "3 images" in outlook.why_nothing(strategy("first"))
 
 
 def test_ohif_s_name_means_the_configured_strategy(outlook):
@@ -159,7 +159,16 @@ def test_everything_labelled_says_so(outlook, store, tmp_path):
     for image in list(store.list_images()):
         label(store, tmp_path, image)
     assert outlook.propose(strategy("auto"), "ann") is None
-    assert outlook.why_nothing() == ALL_LABELLED
+    assert outlook.why_nothing(strategy("first")) == ALL_LABELLED
+
+
+def test_revisit_says_what_it_waits_for(outlook, store, tmp_path):
+    assert outlook.propose(strategy("revisit"), "ann") is None
+    assert "no image has a final label yet" in outlook.why_nothing(strategy("revisit"))
+    label(store, tmp_path, "case_3")
+    assert outlook.propose(strategy("revisit"), "ann")["id"] == "case_3"
+    assert outlook.propose(strategy("revisit"), "bob") is None
+    assert "the 1 images with a label" in outlook.why_nothing(strategy("revisit"))
 
 
 def test_no_two_people_at_one_case_even_after_a_restart(studies, store, serving):

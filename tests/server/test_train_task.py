@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -62,6 +63,17 @@ def test_why_a_candidate_was_refused_is_shown(task, tmp_path):
     reason = "not published, it is worse: held-out Dice 0.200, v0001 has 0.500"
     Project(tmp_path).write_status(state="done", message=reason, refused=reason, started=1.0, seconds=2.0)
     assert task.stats()["message"] == task.stats()["refused"] == reason
+
+
+def test_progress_can_be_sent_when_a_structure_could_not_be_measured(task, tmp_path):
+    """A reply with NaN is a 500 of ``GET /info/``, and no viewer could connect any more."""
+    nan = float("nan")
+    Project(tmp_path).write_status(
+        state="done", message="done", started=1.0, seconds=2.0, loss=nan, best_metric=nan, dice={"liver": 0.5, "x": nan}
+    )
+    stats = task.stats()
+    json.dumps(stats, allow_nan=False)
+    assert stats["eval"]["metrics"] == {"liver": 0.5, "x": None}
 
 
 def test_a_training_ends_when_its_server_is_gone(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.slices import take_slice
 from samadapt.data.window import Window
 from samadapt.errors import StateError
-from samadapt.model import read_info
+from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
 from samadapt.training import crossval, gate, train
 from samadapt.training.crossval import CrossValidation, make_folds
@@ -134,6 +134,74 @@ def test_a_published_model_without_a_figure_gives_way_and_this_is_said(published
     verdict = judge(Measured({}, crossed(0.4)), [], LABELS, AppConfig(), published())
     assert verdict.published
     assert "v0001 has no cross-validated figure" in verdict.reason
+
+
+BOTH = {"a": {"bright": 0.5, "dark": 0.5}, "b": {"bright": 0.7, "dark": 0.7}}
+"""Of the published model, which does not know "new"."""
+
+
+def with_new(change: float, new: float, seen: float) -> tuple[dict, dict]:
+    """A candidate's figures, those of ``BOTH`` changed, and the other's; case a shows "new" where ``seen`` is 0."""
+    return {case: {**{n: s + change for n, s in scores.items()}, "new": new} for case, scores in BOTH.items()}, {
+        case: {**scores, "new": seen if case == "a" else NAN} for case, scores in BOTH.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "new", "seen", "may"),
+    [
+        (-0.1, NAN, NAN, False),  # a name that nobody meant must not let a worse model pass
+        (-0.1, 0.0, NAN, False),
+        (0.0, 0.0, NAN, True),  # what it finds of "new" where nobody had drawn it then says nothing
+        (-0.1, 0.8, 0.0, True),  # it finds what the published model cannot find
+        (-0.3, 0.1, 0.0, False),
+    ],
+)
+def test_a_model_of_other_structures_is_compared_too(published, monkeypatch, change, new, seen, may):
+    own, other = with_new(change, new, seen)
+    monkeypatch.setattr(gate, "measure_cases", lambda *args: (other, {}))
+    verdict = judge(Measured(own), HELD_OUT, LabelMap(("bright", "dark", "new")), AppConfig(), published())
+    assert verdict.published is may
+    assert "v0001 does not know new" in verdict.reason
+
+
+def test_a_model_is_measured_by_name_whatever_its_own_numbers(studies):
+    cases = [dataclasses.replace(case, values={1: "bright", 2: "dark"}) for case in find_cases(studies)]
+    model = AdaptedModel.load(train(cases, LABELS, settings_for(1), Project(studies)).model)
+    in_order, _ = gate.measure_cases(model, cases[:2], LABELS)
+    otherwise, _ = gate.measure_cases(model, cases[:2], LabelMap(("new", "dark", "Bright")))
+    for case, scores in in_order.items():
+        assert otherwise[case]["dark"] == pytest.approx(scores["dark"], nan_ok=True)
+        assert otherwise[case]["Bright"] == pytest.approx(scores["bright"], nan_ok=True)
+        assert math.isnan(otherwise[case]["new"])
+
+
+def damage(model) -> None:
+    model.write_bytes(b"x" * 100)
+
+
+@pytest.mark.parametrize("spoil", [damage, lambda model: model.unlink()], ids=["damaged", "gone"])
+def test_a_lost_model_is_replaced_only_by_one_that_is_no_worse_than_the_one_before(studies, spoil):
+    cases, project = find_cases(studies), Project(studies)
+    good = train(cases, LABELS, settings_for(40), project)
+    again = project.models / "v0002.safetensors"
+    again.write_bytes(good.model.read_bytes())
+    Versions(project).promote("v0002", "test", AppConfig())
+    spoil(again)
+    for case in (case for case in cases if case.id != "case_3"):
+        poison(case)
+    refused = train(cases, LABELS, settings_for(8, recipe="lora"), project)
+    assert not refused.published
+    assert "v0001 has" in refused.reason
+
+
+def test_a_training_replaces_a_damaged_model_that_nothing_was_before(studies):
+    cases, project = find_cases(studies), Project(studies)
+    damage(train(cases, LABELS, settings_for(1), project).model)
+    result = train(cases, LABELS, settings_for(1), project)
+    assert result.published
+    assert "v0001 is damaged" in result.reason
+    assert project.published() == result.model
 
 
 # ---- clicks

@@ -108,6 +108,15 @@ def test_no_case_changes_sides_when_its_patient_becomes_known_or_unknown(tmp_pat
                 assert roles.setdefault(case.id, role) == role
 
 
+def test_a_new_case_is_held_out_where_the_one_that_was_has_lost_its_label(tmp_path):
+    """Else nothing would be compared until the eighth case."""
+    path = tmp_path / "ledger.json"
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcd"])[1]] == ["d"]
+    assert Ledger(path).split([Case(name, Path("x")) for name in "abc"])[1] == []
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcef"])[1]] == ["e"]
+    assert [case.id for case in Ledger(path).split([Case(name, Path("x")) for name in "abcdef"])[1]] == ["d", "e"]
+
+
 def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(tmp_path):
     path = tmp_path / "ledger.json"
     Ledger(path).split([Case(name, Path("x")) for name in "abcd"])
@@ -115,12 +124,42 @@ def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(
     assert [case.id for case in Ledger(path).split(later)[1]] == ["d", "e"]
 
 
-def test_a_damaged_ledger_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("text", ['{"case a": "maybe"}', '{"case a": ["train"]}', '{"case a": {}}', "[]", "{"])
+def test_a_damaged_ledger_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "ledger.json"
-    path.write_text('{"case a": "maybe"}')
+    path.write_text(text)
     with pytest.raises(InputError, match=r"ledger\.json"):
         Ledger(path)
-    assert path.read_text() == '{"case a": "maybe"}'
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("gone", ["the file", "one line"])
+def test_a_ledger_that_is_lost_is_restored_from_what_models_were_trained_on(studies, gone):
+    write_studies(studies.parent / "more", 6)
+    cases, project = find_cases(studies.parent / "more"), Project(studies)
+    train(cases[:5], LABELS, settings_for(1), project)
+    roles = json.loads(project.ledger.read_text())
+    assert [name for name, role in roles.items() if role == "held-out"] == ["case case_3"]
+    if gone == "the file":
+        project.ledger.unlink()
+    else:
+        project.ledger.write_text(json.dumps({name: role for name, role in roles.items() if name != "case case_3"}))
+    result = train(cases[1:], LABELS, settings_for(1), project)  # drawn anew, case_4 would be the fourth
+    manifest = read_info(result.model).training
+    assert manifest["held_out"] == ["case_3"]
+    assert any("ledger.json had lost" in remark and "case_3" in remark for remark in result.remarks)
+    assert json.loads(project.ledger.read_text()).items() >= roles.items()
+
+
+def test_what_a_training_notes_is_json_where_no_held_out_case_shows_a_structure(studies):
+    project = Project(studies)
+    train(find_cases(studies), LabelMap(("bright", "dark", "new")), settings_for(1), project)
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    status = json.loads((project.training / "status.json").read_text(), parse_constant=refuse)
+    assert status["dice"]["new"] is None
 
 
 # ---- slices

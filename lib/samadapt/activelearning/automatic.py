@@ -33,10 +33,10 @@ class Auto(Strategy):
                 Claspe().rank(pool, count),
             )
         if len(pool.labelled) < LABELLED:
-            waits = f"{len(pool.labelled)} of {LABELLED} labels are there"
+            waits = f"only {len(pool.labelled)} of {LABELLED} labels are there"
         else:
-            waits = f"the model has examined {examined} of {enough} cases"
-        return _because(f"By variety, as only {waits}", TypiClust().rank(pool, count))
+            waits = f"the model has examined only {examined} of {enough} cases"
+        return _because(f"By variety, as {waits}", TypiClust().rank(pool, count))
 
 
 def _because(why: str, proposals: list[Proposal]) -> list[Proposal]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from samadapt.errors import InputError
 from samadapt.files import write_json
@@ -101,8 +102,15 @@ def _read(path: Path) -> dict[str, Lease]:
         return {}
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-        return {str(case): Lease(one["client"], float(one["since"])) for case, one in records.items()}
+        return {str(case): _lease(one) for case, one in records.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"no record of who labels what ({error})", where=path, remedy="Remove it; only the leases are lost."
         ) from error
+
+
+def _lease(record: dict[str, Any]) -> Lease:
+    client = record["client"]
+    if not isinstance(client, str | None):
+        raise ValueError(f"{client!r} is no client")
+    return Lease(client, float(record["since"]))

@@ -84,11 +84,13 @@ class Strategy(ABC):
         about: one sentence for the viewers.
         needs: which of ``Candidate``'s fields it reads, beside the id; without them it says so in its reasons and falls
             back to what it can do.
+        of_labelled: whether it proposes cases that have a label, instead of those without.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    of_labelled: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, pool: Pool, count: int = 1) -> list[Proposal]:

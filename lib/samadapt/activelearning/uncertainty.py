@@ -106,6 +106,7 @@ class Revisit(ByScore):
     name = "revisit"
     about = "the labelled case whose label the model believes least: check it for errors"
     needs: ClassVar[frozenset[str]] = frozenset({"examination", "label_dice"})
+    of_labelled: ClassVar[bool] = True
 
     def cases(self, pool: Pool) -> Sequence[Candidate]:
         return pool.labelled

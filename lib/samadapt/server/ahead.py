@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from samadapt.data.volume import read_volume
-from samadapt.errors import SamAdaptError, UnavailableError, WeightsError
+from samadapt.data.volume import Volume, read_volume
+from samadapt.errors import SamAdaptError, UnavailableError
 from samadapt.inference.ahead import embed_volume
 from samadapt.server.models import Models
 
@@ -99,12 +99,10 @@ class AheadOfNeed:
                 time.sleep(LOOK_SECONDS)
                 continue
             try:
-                self._embed(image)
+                self._embed(image, self._read(image))
                 self._look(image, self._wait)
             except (SamAdaptError, OSError) as error:
                 logger.warning("%s is not encoded ahead: %s", image, error)
-                if not isinstance(error, (WeightsError, UnavailableError)):
-                    self._failed(image, str(error))
             except Exception:
                 logger.exception("%s is not encoded ahead", image)
             finally:
@@ -119,9 +117,18 @@ class AheadOfNeed:
             asked = list(self._asked)
         return next((image for image in [*asked, *self._images()] if (image, version) not in self._done), None)
 
-    def _embed(self, image: str) -> None:
-        volume = read_volume(self._path_of(image))  # not by way of ``Models``, whose memory is the annotators'
+    def _read(self, image: str) -> Volume:
+        """The image; not by way of ``Models``, whose memory is the annotators'. Where a model or a label is at fault
+        instead, the image may be proposed to annotators all the same."""
+        try:
+            return read_volume(self._path_of(image))
+        except UnavailableError:
+            raise
+        except (SamAdaptError, OSError) as error:
+            self._failed(image, str(error))
+            raise
 
+    def _embed(self, image: str, volume: Volume) -> None:
         def show(done: int, total: int) -> None:
             self._record = {"image": image, "slices_done": done, "slices": total}
 

@@ -168,9 +168,11 @@ def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., An
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
         _require("strategy", strategy, app._strategies)
         asked, address = params or {}, _ADDRESS.get()
+        if not isinstance(asked.get("client_id"), str | None):
+            raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
         if not asked.get("client_id") and address:
             asked = {**asked, "client_id": somebody_at(address)}
-        return handler(strategy, asked, user) or {"message": app.outlook.why_nothing()}
+        return handler(strategy, asked, user) or {"message": app._strategies[strategy].why_nothing()}
 
     return checked
 

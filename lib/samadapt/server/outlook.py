@@ -117,18 +117,23 @@ class Outlook:
                         return self._answer(strategy, proposal)
         return None
 
-    def why_nothing(self) -> str:
-        """Why there is no next case, for whoever asked for one."""
-        waiting = [case for case in self._datastore().get_unlabeled_images() if case not in self._unreadable]
+    def why_nothing(self, strategy: Strategy) -> str:
+        """Why there is no next case by ``strategy``, for whoever asked for one."""
+        store = self._datastore()
+        choice = store.get_labeled_images() if strategy.of_labelled else store.get_unlabeled_images()
+        waiting = [case for case in choice if case not in self._unreadable]
         ends = self.leases.first_end()
         if waiting and ends is not None:
             return (
-                f"the {len(waiting)} images without a label are all with annotators; "
-                f"the first comes back at {time.strftime('%H:%M', time.localtime(ends))} unless it is labelled"
+                f"the {len(waiting)} images with{'' if strategy.of_labelled else 'out'} a label are all with "
+                f"annotators; the first comes back at {time.strftime('%H:%M', time.localtime(ends))} unless it is "
+                "labelled"
             )
+        if strategy.of_labelled and not choice:
+            return f"no image has a final label yet, and {strategy.name} proposes labelled ones only"
         if self._unreadable:
             listed = ", ".join(sorted(self._unreadable)[:5])
-            return f"every other image has a final label; these cannot be read: {listed}"
+            return f"there is no other image to propose; these cannot be read: {listed}"
         return ALL_LABELLED
 
     def worklist(self) -> dict[str, Any]:

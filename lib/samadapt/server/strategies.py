@@ -31,6 +31,10 @@ class Proposes(Strategy):
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
         return self._outlook.propose(self._ranking, request.get("client_id"))
 
+    def why_nothing(self) -> str:
+        """Why there was no case, for whoever has asked for one."""
+        return self._outlook.why_nothing(self._ranking)
+
 
 def all_strategies(configured: str, outlook: Outlook) -> dict[str, Strategy]:
     """Every strategy by name; ``random`` means ``configured``."""

@@ -118,7 +118,7 @@ class TrainSamAdapt(TrainTask):
         if status:
             record["start_ts"] = int(status["started"])
             record["eval"] = {"metrics": status.get("dice", {}), "best_metric": record["best_metric"]}
-        return record
+        return dict(plain(record))  # the host cannot send the NaN of a structure that no held-out case shows
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train, or put a version in service; everything printed here reaches ``GET /train/`` as ``details``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from samadapt.data.cases import Case
 from samadapt.data.labels import IGNORE, LabelMap
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
-from samadapt.errors import WeightsError
+from samadapt.errors import InputError, WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.metrics import dice
 from samadapt.inference.examine import examine
-from samadapt.model import AdaptedModel, ModelInfo, read_info
+from samadapt.model import AdaptedModel, read_info_if_readable
 from samadapt.project import Project
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.slices import read_case
+from samadapt.versions import Versions
 
 CLICKED_OBJECTS = 6
 CLICKED_SECONDS = 60.0
@@ -67,16 +70,24 @@ def measure_cases(
     """Every case without prompts, on the native grid.
 
     Returns:
-        Dice; NaN where a class is in neither mask, or where nobody has looked for it. And the Dice that the model
-        itself expected (``Examination.overlap``).
+        Dice of each of ``labels``, of which the model need not know all; NaN where a class is in neither mask, or where
+        nobody has looked for it. And the Dice that the model itself expected (``Examination.overlap``).
     """
     true, expected = {}, {}
+    own = model.info.labels
     for case in cases:
         volume, truth, report = read_case(case, labels)
         mask, examination = examine(model, volume, cache=cache)
-        true[case.id] = dice(mask, truth, labels, report.unknown)
-        expected[case.id] = dict(zip(labels.names, examination.overlap.tolist(), strict=True))
+        true[case.id] = dice(_renumbered(mask, own, labels), truth, labels, report.unknown)
+        expected[case.id] = dict(zip(own.names, examination.overlap.tolist(), strict=True))
     return true, expected
+
+
+def _renumbered(mask: np.ndarray, labels: LabelMap, wanted: LabelMap) -> np.ndarray:
+    """A mask in the numbers of ``wanted``; classes that are not among them become background."""
+    table = np.zeros(len(labels) + 1, np.uint8)
+    table[1:] = [wanted.find(name) or 0 for name in labels.names]
+    return table[mask]
 
 
 def compare_clicks(
@@ -152,7 +163,9 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the published model, on the same held-out cases.
 
-    The published one stays where its mean over the cases is higher. Where nothing is held out, it stays where its own
+    The published one stays where its mean over the cases is higher. Compared are the candidate's classes; one that the
+    published model does not know counts where a case shows it. Where the published model's file cannot be used any
+    more, the one before takes its place. Where nothing is held out, the published one stays where its own
     cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
     Args:
@@ -164,22 +177,28 @@ def judge(
         cache: where embeddings are looked up and kept.
     """
     current = project.published()
-    if current is None:
-        return Verdict(True, "published: the first model", None)
-    info = read_info(current)
-    if info.labels != labels:
-        return Verdict(True, f"published without a comparison: {current.stem} knows other structures", current.stem)
+    in_service = current.stem if current else None
+    rivals = [*([current] if current else []), *reversed(Versions(project).before_present())]
+    if not rivals:
+        return Verdict(True, "published: the first model", in_service)
     if not held_out:
-        return _by_cross_validation(measured.crossed, info, current.stem)
-    rival = _load_on_its_base(current, config)
-    if rival is None:
-        reason = f"published without a comparison: the base weights of {current.stem} are not here any more"
-        return Verdict(True, reason, current.stem)
-    return _by_held_out(measured.held_out, measure_cases(rival, held_out, labels, cache)[0], current.stem)
+        return replace(_by_cross_validation(measured.crossed, labels, rivals), current=in_service)
+    for file in rivals:
+        if (rival := _load_on_its_base(file, config)) is not None:
+            other = measure_cases(rival, held_out, labels, cache)[0]
+            new = [name for name in labels.names if rival.info.labels.find(name) is None]
+            return replace(_by_held_out(measured.held_out, other, file.stem, new), current=in_service)
+    reason = f"published without a comparison: {rivals[0].stem} is damaged, or its base weights are not here any more"
+    return Verdict(True, reason, in_service)
 
 
-def _by_held_out(own: CaseDice, other: CaseDice, current: str) -> Verdict:
-    pairs = paired(own, other)
+def _by_held_out(own: CaseDice, other: CaseDice, current: str, new: Collection[str] = ()) -> Verdict:
+    """The verdict on figures of the same classes; ``new`` are those that the other model does not know."""
+    comparable = {
+        case: {name: score for name, score in scores.items() if name not in new or not math.isnan(other[case][name])}
+        for case, scores in own.items()
+    }
+    pairs = paired(comparable, other)
     if not pairs:
         reason = f"published without a comparison with {current}: the held-out cases show none of the structures"
         return Verdict(True, reason, current)
@@ -189,14 +208,22 @@ def _by_held_out(own: CaseDice, other: CaseDice, current: str) -> Verdict:
         f"held-out Dice {after.mean:.3f}, {current} has {before.mean:.3f} on the same {_cases(len(pairs))} "
         f"({_difference(difference)})"
     )
+    if new:
+        figures += f"; {current} does not know {', '.join(new)}"
     record = {"held_out": {"candidate": asdict(after), "published": asdict(before), "difference": asdict(difference)}}
     if difference.mean < -ROUNDING:
         return Verdict(False, f"not published, it is worse: {figures}", current, record)
     return Verdict(True, f"published: {figures}", current, record)
 
 
-def _by_cross_validation(own: CrossValidation | None, info: ModelInfo, current: str) -> Verdict:
+def _by_cross_validation(own: CrossValidation | None, labels: LabelMap, rivals: Sequence[Path]) -> Verdict:
     unknown = "published: nothing is held out to compare on yet"
+    readable = ((file.stem, info) for file in rivals if (info := read_info_if_readable(file)) is not None)
+    current, info = next(readable, (rivals[0].stem, None))
+    if info is None:
+        return Verdict(True, f"{unknown}, and {current} is damaged", current)
+    if info.labels != labels:
+        return Verdict(True, f"{unknown}, and {current} knows other structures", current)
     other = info.training.get("cross_validation") or {}
     if own is None or other.get("dice") is None:
         which = "this training" if own is None else current
@@ -241,12 +268,11 @@ def _difference(estimate: Estimate) -> str:
 
 
 def _load_on_its_base(path: Path, config: AppConfig) -> AdaptedModel | None:
-    """A model of this project on the configured weights, else on its backbone's own; None if it fits neither."""
+    """A model of this project on the configured weights, else on its backbone's own; None if it fits neither, or is
+    damaged."""
     for weights in dict.fromkeys((config.weights, None)):
-        try:
+        with suppress(WeightsError, InputError):
             return AdaptedModel.load(path, weights)
-        except WeightsError:
-            continue
     return None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from samadapt.data.cases import Case
 from samadapt.errors import InputError
@@ -28,44 +29,69 @@ class Ledger:
 
     Args:
         path: the file; created by the first ``split``.
+        remembered: case id -> role, of cases that the file has lost; see ``roles_in``.
+
+    Attributes:
+        restored: ids of the cases that got their role from ``remembered`` in ``split``.
 
     Raises:
         InputError: the file is not such a record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remembered: Mapping[str, str] | None = None) -> None:
         self._path = path
         self._roles: dict[str, str] = _read(path)
+        self._remembered = dict(remembered or {})
+        self.restored: list[str] = []
 
     def split(self, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
         """Give every new group its role, in order of case id, and return (training cases, held-out cases)."""
         before = len(self._roles)
+        self._restore(cases)
         ordered = sorted(cases, key=lambda case: case.id)
         for case in ordered:
-            if self._known(case) is None:
+            if self._known(case.id) is None:
                 group = f"patient {case.patient}" if case.patient else f"case {case.id}"
-                role = self._roles.setdefault(group, self._role_of_patient(case, ordered) or self._draw())
+                role = self._roles.setdefault(group, self._role_of_patient(case, ordered) or self._draw(cases))
                 if case.patient:
                     self._roles[f"{group}{_MEMBER}{case.id}"] = role
         if len(self._roles) != before:
             write_json(self._path, self._roles)
-        training = [case for case in cases if self._known(case) == TRAIN]
-        return training, [case for case in cases if self._known(case) == HELD_OUT]
+        training = [case for case in cases if self._known(case.id) == TRAIN]
+        return training, [case for case in cases if self._known(case.id) == HELD_OUT]
 
-    def _known(self, case: Case) -> str | None:
+    def _restore(self, cases: Sequence[Case]) -> None:
+        """Give back all roles that the file has lost, also of absent cases, so that new ones are drawn as ever."""
+        lost = {name: role for name, role in self._remembered.items() if self._known(name) is None}
+        self._roles.update({f"case {name}": role for name, role in lost.items()})
+        self.restored = sorted(case.id for case in cases if case.id in lost)
+
+    def _known(self, case_id: str) -> str | None:
         """The role that this very case has been given."""
-        if own := self._roles.get(f"case {case.id}"):
+        if own := self._roles.get(f"case {case_id}"):
             return own
-        return next((role for name, role in self._roles.items() if name.endswith(f"{_MEMBER}{case.id}")), None)
+        return next((role for name, role in self._roles.items() if name.endswith(f"{_MEMBER}{case_id}")), None)
 
     def _role_of_patient(self, case: Case, cases: Sequence[Case]) -> str | None:
         """What the patient's other cases were given, as long as nobody knew that they are one patient's."""
-        others = {self._known(other) for other in cases if case.patient and other.patient == case.patient}
+        others = {self._known(other.id) for other in cases if case.patient and other.patient == case.patient}
         return next((role for role in (TRAIN, HELD_OUT) if role in others), None)
 
-    def _draw(self) -> str:
+    def _draw(self, cases: Sequence[Case]) -> str:
+        """Every fourth group is held out; and one at once where those that were have lost their labels."""
         groups = sum(_MEMBER not in name for name in self._roles)
-        return HELD_OUT if groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
+        present = {case.patient or f"case {case.id}": role for case in cases if (role := self._known(case.id))}
+        none_left = len(present) >= HELD_OUT_EVERY - 1 and HELD_OUT not in present.values()
+        return HELD_OUT if none_left or groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
+
+
+def roles_in(manifests: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Case id -> role, as models' manifests tell it; a case that any of them has learned from is no held-out case."""
+    roles: dict[str, str] = {}
+    for manifest in manifests:
+        roles.update({case: HELD_OUT for case in manifest.get("held_out", []) if roles.get(case) != TRAIN})
+        roles.update(dict.fromkeys(manifest.get("cases", []), TRAIN))
+    return roles
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -73,7 +99,7 @@ def _read(path: Path) -> dict[str, str]:
         return {}
     try:
         roles = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(roles, dict) or set(roles.values()) - {TRAIN, HELD_OUT}:
+        if not isinstance(roles, dict) or any(role not in (TRAIN, HELD_OUT) for role in roles.values()):
             raise ValueError(f"values must be {TRAIN!r} or {HELD_OUT!r}")
     except (OSError, ValueError) as error:
         raise InputError(

@@ -27,13 +27,14 @@ from samadapt.errors import SamAdaptError, StateError
 from samadapt.evaluation.intervals import Estimate
 from samadapt.evaluation.metrics import mean_by_class
 from samadapt.files import sha256_of
-from samadapt.model import AdaptedModel, ModelInfo, read_info
+from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.recipes import Recipe
+from samadapt.terminal import plain
 from samadapt.training import crossval, preview
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
-from samadapt.training.ledger import Ledger
+from samadapt.training.ledger import Ledger, roles_in
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
 from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
@@ -146,7 +147,10 @@ class _Training:
     ) -> None:
         if not cases:
             raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
-        self._training, self._held_out = Ledger(project.ledger).split(cases)
+        self._versions = Versions(project)
+        ledger = Ledger(project.ledger, roles_in(self._versions.manifests()))
+        self._training, self._held_out = ledger.split(cases)
+        self._restored = ledger.restored
         if not self._training:
             raise StateError(
                 f"all {len(cases)} labelled cases are held out to judge models by",
@@ -155,7 +159,6 @@ class _Training:
             )
         self._label_hashes = {case.id: sha256_of(case.label) for case in cases if case.label}
         self._name = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
-        self._versions = Versions(project)
         self._labels = labels
         self._config = config
         self._project = project
@@ -183,6 +186,11 @@ class _Training:
         remarks += partly_labelled(prepared)
         if synthetic and synthetic.remark:
             remarks.append(synthetic.remark)
+        if self._restored:
+            remarks.append(
+                f"{self._project.ledger.name} had lost {len(self._restored)} cases; they train or are held out as the "
+                f"models' manifests say: {', '.join(self._restored)}"
+            )
         for remark in remarks:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
@@ -273,7 +281,8 @@ class _Training:
             return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
         current = self._project.published()
-        model.describe(answers_prompts=read_info(current).answers_prompts if current else False)
+        before = read_info_if_readable(current) if current else None
+        model.describe(answers_prompts=before.answers_prompts if before else False)
         file, verdict = self._decide(model, done, parent, measured)
         if not verdict.published:
             file.unlink()
@@ -443,16 +452,17 @@ def _image_size(side: int, backbone: str) -> int:
 
 
 def _starting_point(project: Project, model: AdaptedModel) -> Path | None:
-    """The published model, if it was built as ``model`` is."""
+    """The published model, if it was built as ``model`` is; a damaged one is none to go on from."""
     published = project.published()
-    if published is None:
+    known = read_info_if_readable(published) if published else None
+    if known is None:
         return None
 
     def build(info: ModelInfo) -> tuple[Any, ...]:
         seen = info.image_size, info.context, info.planes
         return info.recipe, info.labels, info.backbone, info.weights_sha256, *seen
 
-    return published if build(read_info(published)) == build(model.info) else None
+    return published if build(known) == build(model.info) else None
 
 
 def refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
@@ -514,6 +524,6 @@ class _Status:
     def _write(self) -> None:
         self._last = time.time()
         self._record.update(started=self._started, seconds=self._last - self._started)
-        self._project.write_status(**self._record)
+        self._project.write_status(**plain(self._record))
         if self._callback:
             self._callback(dict(self._record))
