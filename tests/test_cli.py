@@ -95,7 +95,6 @@ def test_version(run):
         (["recipes", "--backbone", "sam"], 2, "lite_medsam"),
         (["doctor", "--conf", "weights=nowhere.pth"], 2, "No such file"),
         (["demo", "--port", "eighty"], 2, "--port"),
-        (["simulate", "EMPTY", "--output", __file__], 2, "that is a file"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(run, tmp_path, words, code, part):

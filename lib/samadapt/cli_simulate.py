@@ -65,8 +65,6 @@ def simulate(
         )
     if fixed := sorted(given.keys() & FIXED):
         raise ConfigError(f"{fixed[0]!r} cannot be simulated", where="--conf", remedy="Leave it out.")
-    if output.exists() and not output.is_dir():
-        raise ConfigError("that is a file", where="--output", remedy="Name a folder; it need not exist.")
     settings = {**given, "image_size": image_size}
     config = AppConfig.from_strings({**settings, **({"labels": labels} if labels else {})})
     found, project = _open(studies)

@@ -14,7 +14,7 @@ import pytest
 from samadapt import cli, recipes
 from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_volume, write_mask
-from samadapt.errors import ConfigError, InputError
+from samadapt.errors import ConfigError, InputError, StateError
 from samadapt.evaluation import compare_run
 from samadapt.evaluation.compare import Comparison, compare
 from tiny import write_studies
@@ -178,6 +178,23 @@ def test_the_summary_means_classes_and_seeds_then_cases(studies, tmp_path):
     assert three.by_class[ODD.names[0]].dice.mean == pytest.approx(0.8)
     assert (one.scores.hd95.mean, one.scores.defined, one.scores.missed) == (4.0, 6, 6)
     assert math.isnan(one.by_class[ODD.names[1]].hd95.mean)
+
+
+def test_two_calls_do_not_measure_into_one_folder(studies, tmp_path):
+    def second_call(job, folder, tell):
+        with pytest.raises(StateError, match="another call"):
+            compare(comparison(studies), tmp_path / "out", silent, Runs())
+        return Runs()(job, folder, tell)
+
+    assert compare(comparison(studies), tmp_path / "out", silent, second_call).rows
+    compare(comparison(studies), tmp_path / "out", silent, Runs())
+
+
+def test_a_file_in_place_of_the_folder_is_refused(studies, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="that is a file"):
+        compare(comparison(studies), tmp_path / "out", silent, Runs())
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_too_few_steps_to_judge_by_are_told(studies, tmp_path):

@@ -22,7 +22,7 @@ from samadapt.errors import ConfigError
 from samadapt.evaluation import compare_report
 from samadapt.evaluation.apart import run_job
 from samadapt.evaluation.compare_run import UNETS, Job, run_folder
-from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, in_words
+from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, alone_in, in_words
 from samadapt.evaluation.split import NestedSplit, nested_split
 from samadapt.project import Project
 from samadapt.training.loop import ROUNDS
@@ -105,16 +105,18 @@ def compare(
     Raises:
         ConfigError: ``output`` holds a comparison of other cases or with other settings, or a recipe's settings are
             wrong.
+        StateError: another call measures into ``output``.
         InputError: too few labelled cases, or a results file that cannot be read.
     """
     split = nested_split(find_cases(comparison.studies), comparison.testing)
     jobs = comparison.jobs(split)
-    records = Records(output / RESULTS, PROGRAM)
-    _claim(records, comparison, split)
-    try:
-        _measure(jobs, records, output, progress, execute or in_own_process)
-    finally:
-        report = compare_report.write(records.value, output)
+    with alone_in(output):
+        records = Records(output / RESULTS, PROGRAM)
+        _claim(records, comparison, split)
+        try:
+            _measure(jobs, records, output, progress, execute or in_own_process)
+        finally:
+            report = compare_report.write(records.value, output)
     return report
 
 

@@ -8,16 +8,18 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock, Timeout
 
 from samadapt import __version__
-from samadapt.errors import ConfigError, InputError
+from samadapt.errors import ConfigError, InputError, StateError
 from samadapt.evaluation.metrics import mean
 from samadapt.files import write_json
 
@@ -29,6 +31,30 @@ RESULTS = "results.json"
 
 Progress = Callable[[str, float, int], None]
 """Called with (what is done, runs done, runs in all); the second is a fraction within a run."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder of results and hold it: of two calls that measure into one, each would undo what the other wrote.
+
+    Raises:
+        ConfigError: a file has that name.
+        StateError: another process holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("that is a file", where=folder, remedy="Name a folder as --output; it need not exist.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(
+            "another call is at work there", where=folder, remedy="Wait until it ends, or name another --output."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Records:

@@ -19,7 +19,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.errors import ConfigError
 from samadapt.evaluation import simulate_pool, simulate_report
 from samadapt.evaluation.apart import run_job
-from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, in_words
+from samadapt.evaluation.records import PROGRAM, RESULTS, Progress, Records, alone_in, in_words
 from samadapt.evaluation.simulate_run import ANNOTATORS, SCATTERED, UNITS, Job, Protocol, finished
 from samadapt.evaluation.split import NestedSplit, nested_split
 from samadapt.training.run import Plan, make_plan
@@ -129,6 +129,7 @@ def simulate(
     Raises:
         ConfigError: ``output`` holds a simulation of other cases or with other settings, or a recipe's settings are
             wrong.
+        StateError: another call measures into ``output``.
         InputError: too few labelled cases, or a results file that cannot be read.
     """
     cases = find_cases(simulation.studies)
@@ -137,12 +138,13 @@ def simulate(
     labelled = [case for case in cases if case.label]
     plan = make_plan(labelled, simulation.labels, AppConfig.from_strings(simulation.settings))
     jobs = simulation.jobs(cases, plan, output)
-    records = Records(output / RESULTS, PROGRAM)
-    records.claim("simulation", _shared(simulation, labelled, plan))
-    try:
-        _play(jobs, records, output, progress, execute or in_own_process)
-    finally:
-        report = simulate_report.write(records.value, output)
+    with alone_in(output):
+        records = Records(output / RESULTS, PROGRAM)
+        records.claim("simulation", _shared(simulation, labelled, plan))
+        try:
+            _play(jobs, records, output, progress, execute or in_own_process)
+        finally:
+            report = simulate_report.write(records.value, output)
     return report
 
 
