@@ -55,11 +55,8 @@ def main() -> None:
         cells = [cell(row, best[column]) for column, row in zip(order, own, strict=True)]
         pace = sorted(row.seconds_per_step for row in known)[len(known) // 2]
         print(f"| `{recipe}` | {' | '.join(cells)} | {pace:.2f} | {max(row.peak_gib for row in known):.1f} |")
-    seeds = {
-        f"{short}, {count}": sorted({len(row.seeds) for row in columns[short, count].values()})
-        for short, count in order
-    }
-    print(f"\nSeeds: {seeds}")
+    for column, head in zip(order, heads, strict=True):
+        print(f"{head}: {sorted({len(row.seeds) for row in columns[column].values()})} seeds")
 
 
 if __name__ == "__main__":
