@@ -132,9 +132,11 @@ class SamAdaptApp(MONAILabelApp):
             if self.settings.embed_ahead:
                 self.ahead.start()
             self.auto_train.watch()
+            self.datastore().begin()
 
     def info(self):
-        return {**super().info(), "embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}
+        own = {"embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}
+        return {**super().info(), **own, "not_in_pacs": self.datastore().not_in_pacs()}
 
     def next_sample(self, request):
         """As the base class's; the image that it names is encoded while the viewer loads it."""

@@ -105,9 +105,14 @@ def in_order_of(frames: Sequence[str], mask: np.ndarray, slices: Any) -> np.ndar
     return mask[:, :, [place[uid] for uid in frames]]
 
 
+def author_of(info: dict[str, Any]) -> str | None:
+    """Who made a label: by name, if that came with it, else as the viewer calls itself; None where nothing says it."""
+    return info.get("author") or info.get("client_id")
+
+
 def _told(info: dict[str, Any]) -> str:
     """Who made a label, and when, for people."""
-    who = info.get("client_id") or info.get("source") or "by an unnamed person"
+    who = author_of(info) or info.get("source") or "by an unnamed person"
     return f"{who}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(info.get('ts', 0))))}"
 
 
@@ -146,7 +151,7 @@ class Version(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """For HTTP replies."""
-        kept = {key: self.info.get(key) for key in ("client_id", "label_info", "source")}
+        kept = {key: self.info.get(key) for key in ("client_id", "label_info", "source", "remarks")}
         return {"name": self.name, "time": self.info.get("ts"), **kept, "served": self.served}
 
 
@@ -189,6 +194,13 @@ class SafeDatastore(LocalDatastore):
     @property
     def last_saved(self) -> Submission:
         return getattr(self._saved, "submission", Submission({}, set(), UNSAID, (0, 0)))
+
+    def begin(self) -> None:
+        """What goes on beside the requests of a server; called once, when it is up."""
+
+    def not_in_pacs(self) -> list[dict[str, Any]]:
+        """Labels that have yet to reach the PACS; a folder's labels need not."""
+        return []
 
     # ---- reading
 

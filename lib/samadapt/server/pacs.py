@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset
 from requests.adapters import HTTPAdapter
 
 from samadapt.data.dicom import NOT_IMAGES
-from samadapt.data.dicom_label import LABEL_MODALITIES, time_of
+from samadapt.data.dicom_label import LABEL_MODALITIES, creator_of, image_of, is_own, time_of
 from samadapt.data.dicom_seg import segment_names
 from samadapt.data.rtstruct import structure_names
 from samadapt.errors import InputError, NotFoundError, UnavailableError
@@ -31,6 +31,8 @@ FRESH_SECONDS = 30.0
 """So long a list of series is taken for true without asking again."""
 
 _NO_ANSWER_SECONDS = 60.0
+_STORED_BEFORE = 0x0111
+"""PS3.18 table I.2-2: there is such an instance already."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class LabelEntry:
         image: SeriesInstanceUID of the images it was drawn on; "" where it does not say.
         time: when it was drawn, "YYYYMMDDHHMMSS" in the time of its maker; "" where it does not say.
         names: value -> name.
+        own: whether samadapt has written it, so that it holds a label that a person submitted.
+        creator: who drew it; "" where it does not say.
         refused: why it cannot be a label; None as long as nothing speaks against it.
     """
 
@@ -67,6 +71,8 @@ class LabelEntry:
     image: str
     time: str
     names: dict[int, str]
+    own: bool
+    creator: str
     refused: str | None = None
 
 
@@ -154,14 +160,18 @@ class Pacs:
         """Store one object.
 
         Raises:
-            UnavailableError: it was not stored.
+            UnavailableError: it was not stored, because the PACS is away or refuses it.
         """
-        with answering(self.url):
-            answer = self._client.store_instances([dataset])
-        if failed := answer.get("FailedSOPSequence"):
-            raise UnavailableError(
-                f"the PACS refused the segmentation (reason {failed[0].get('FailureReason')})", where=self.url
-            )
+        try:
+            with answering(self.url):
+                answer = self._client.store_instances([dataset])
+        except UnavailableError as error:
+            if (status := _client_error(error)) is not None:
+                raise _refused(self.url, f"HTTP status {status}") from error
+            raise
+        failed = [item.get("FailureReason") for item in answer.get("FailedSOPSequence") or []]
+        if failed and failed != [_STORED_BEFORE]:
+            raise _refused(self.url, f"reason {failed[0]}")
         self.forget()
 
     def refuse(self, entry: LabelEntry, why: str) -> None:
@@ -215,6 +225,20 @@ class Pacs:
         write_json(self._folder / f"{entry.object}.json", asdict(entry))
 
 
+def _client_error(error: Exception) -> int | None:
+    """The status 4xx that an answer of the PACS had; None where it had none."""
+    response = getattr(error.__cause__, "response", None)
+    return response.status_code if response is not None and 400 <= response.status_code < 500 else None
+
+
+def _refused(where: str, why: str) -> UnavailableError:
+    return UnavailableError(
+        f"the PACS refused the segmentation ({why})",
+        where=where,
+        remedy="Its own log says why: its rights to write, its disk, or a rule of its own.",
+    )
+
+
 def wanted_by_person() -> dict[str, Any] | None:
     """The host's search filter if somebody has set it; its default (CT alone) is nobody's wish."""
     name = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
@@ -253,18 +277,9 @@ def _label(series: SeriesEntry, found: Dataset) -> LabelEntry:
         series=series.uid,
         study=series.study,
         modality=series.modality,
-        image=_image_of(found),
+        image=image_of(found),
         time=time_of(found),
         names=read(found),
+        own=is_own(found),
+        creator=creator_of(found),
     )
-
-
-def _image_of(label: Dataset) -> str:
-    """SeriesInstanceUID of the images that a SEG or RTSTRUCT was drawn on."""
-    for series in label.get("ReferencedSeriesSequence") or []:
-        return str(series.get("SeriesInstanceUID") or "")
-    for frame in label.get("ReferencedFrameOfReferenceSequence") or []:
-        for study in frame.get("RTReferencedStudySequence") or []:
-            for series in study.get("RTReferencedSeriesSequence") or []:
-                return str(series.get("SeriesInstanceUID") or "")
-    return ""
