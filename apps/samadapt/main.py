@@ -79,6 +79,7 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
         datastore.assumed = self.settings.coverage
+        datastore.known_labels = self.label_source.current
         self.outlook = Outlook(self.settings, self.project, self.models, self.datastore)
         self.ahead = AheadOfNeed(
             self.models,

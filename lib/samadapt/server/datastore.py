@@ -28,7 +28,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import UNSAID, Coverage, labelled_slices
-from samadapt.data.labels import values_from_label_info, values_in
+from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, StateError
 from samadapt.files import atomic_path, sha256_of, write_json
@@ -110,6 +110,18 @@ def author_of(info: dict[str, Any]) -> str | None:
     return info.get("author") or info.get("client_id")
 
 
+def _check_nameless(present: set[int], labels: LabelMap | None) -> None:
+    """Values without names are taken for the label map's, which is a guess; refuse where it must be wrong."""
+    unknown = sorted(present - set(range(1, len(labels.names) + 1)) - {IGNORE}) if labels else []
+    if labels and unknown:
+        order = ", ".join(f"{index} = {name}" for index, name in enumerate(labels.names, start=1))
+        raise InputError(
+            f"the mask holds {', '.join(map(str, unknown[:5]))}, and nothing says which structure that is",
+            where="label_info",
+            remedy=f'Send "label_info" in params: a list of {{"name": ..., "idx": ...}}. Without it: {order}.',
+        )
+
+
 def _told(info: dict[str, Any]) -> str:
     """Who made a label, and when, for people."""
     who = author_of(info) or info.get("source") or "by an unnamed person"
@@ -170,12 +182,14 @@ class SafeDatastore(LocalDatastore):
         folder: the studies folder.
         geometry_of: reads an image's grid; replace it by one that remembers images.
         assumed: what labels cover that do not say so; replace it by what the settings say.
+        known_labels: the label map of now; replace it where one is known.
         last_saved: the label that this thread saved last.
     """
 
     def __init__(self, datastore_path: str, **host_options: Any) -> None:
         self.geometry_of: Callable[[str], Geometry] = lambda path: read_volume(path).geometry
         self.assumed = UNSAID
+        self.known_labels: Callable[[], LabelMap | None] = lambda: None
         self._saved = threading.local()
         self.folder = Path(datastore_path)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -368,8 +382,9 @@ class SafeDatastore(LocalDatastore):
             label_info: ``label_info`` and whatever else came with the label.
 
         Raises:
-            InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, or labelled
-                slices or classes (see ``Coverage.from_info``) that the image cannot have; nothing is stored then.
+            InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, none at all
+                for values that the label map does not have, or labelled slices or classes (see ``Coverage.from_info``)
+                that the image cannot have; nothing is stored then.
         """
         tag = check_tag(label_tag)
         info = dict(label_info or {})
@@ -377,6 +392,8 @@ class SafeDatastore(LocalDatastore):
             raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
         with self._as_image(image_id, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
+            if tag == DefaultLabelTag.FINAL and not info.get("label_info"):
+                _check_nameless(self.last_saved.present, self.known_labels())
             self._store_checked(image_id, file, tag, info, mask)
         return image_id
 

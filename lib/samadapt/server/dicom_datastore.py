@@ -31,7 +31,7 @@ from samadapt.errors import InputError, NotFoundError, SamAdaptError, Unavailabl
 from samadapt.files import write_json
 from samadapt.server.datastore import SafeDatastore, author_of, in_order_of
 from samadapt.server.fetching import Fetching, Progress
-from samadapt.server.outbox import Outbox
+from samadapt.server.outbox import Outbox, outbox_folder
 from samadapt.server.pacs import LabelEntry, Pacs, SeriesEntry, check_uid, wanted_by_person
 from samadapt.server.precedence import Claim, objection
 
@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
 _DAY = 24 * 3600.0
-
-
-def outbox_folder(folder: Path) -> Path:
-    """Where a cache folder keeps the SEGs that the PACS has yet to get."""
-    return folder / ".dicom" / "outbox"
 
 
 class SafeDicomDatastore(SafeDatastore):

@@ -44,6 +44,11 @@ class Waiting:
     reason: str = NOT_TRIED
 
 
+def outbox_folder(store: Path) -> Path:
+    """Where a folder with labels of a PACS's images keeps the SEGs that the PACS has yet to get."""
+    return store / ".dicom" / "outbox"
+
+
 def waiting_in(folder: Path) -> list[Waiting]:
     """What an outbox's folder holds, the oldest first. An unreadable file is named by its name alone."""
     return sorted((_described(path) for path in folder.glob("[!.]*.dcm")), key=lambda one: (one.time, one.object))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from samadapt.data.labels import BACKGROUND, IGNORED_NAMES, same_name
+from samadapt.data.labels import class_names, same_name
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Claim:
     @classmethod
     def of(cls, person: bool, time: int, names: Iterable[str]) -> Claim:
         """With the names of structures alone, each once."""
-        drawn = {same_name(name): name for name in names}
-        left_out = (BACKGROUND, *IGNORED_NAMES)
-        return cls(person, time, tuple(name for plain, name in sorted(drawn.items()) if plain not in left_out))
+        return cls(person, time, tuple(class_names(sorted(names))))
 
 
 def objection(new: Claim, present: Claim) -> str | None:
