@@ -209,7 +209,7 @@ def _left_out(studies: Path) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         index = Index([studies], Path(folder) / "index.sqlite")
         index.update()
-        problems = index.problems()
+        problems = {**index.problems(), **index.conflicts()}
     for path, reason in list(problems.items())[:LEFT_OUT_SHOWN]:
         yield Check("DICOM", "warning", f"{path}: {reason}", "It is not served: export it again, or take it out.")
     if (more := len(problems) - LEFT_OUT_SHOWN) > 0:

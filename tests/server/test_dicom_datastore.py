@@ -9,10 +9,11 @@ import pydicom
 import pytest
 from dicomweb_client.api import DICOMwebClient
 from monailabel.datastore.local import LocalDatastore
-from pydicom.uid import generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from pacs import make, pacs
-from phantoms import KINDS, octants, write_phantom
+from phantoms import KINDS, Kind, octants, write_phantom
 from samadapt.data.cases import find_cases
 from samadapt.data.dicom import dicom_files, read_series, series_grid
 from samadapt.data.dicom_seg import read_seg, write_seg
@@ -425,5 +426,62 @@ def test_a_save_that_waits_for_the_pacs_holds_up_no_other_image(tmp_path):
             list(people.map(lambda n: store.save_label(uids[n], files[n], "final", dict(NAMES)), range(3)))
         assert time.monotonic() - started < 5.0
         assert len(segs_of(running)) == 3
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("tags", [{"StudyInstanceUID": generate_uid(), "PatientID": "P8"}, {"PatientID": "P8"}])
+def test_one_series_uid_for_two_patients_is_refused(case, tags):
+    study = case.images[0].StudyInstanceUID
+    case.pacs.upload(
+        write_phantom(
+            case.folder / "t", KINDS["oblique"], **{"SeriesInstanceUID": case.uid, "StudyInstanceUID": study, **tags}
+        )
+    )
+    case.store.forget_lists()
+    for refused in (case.store.make_ready, case.store.image_path):
+        with pytest.raises(InputError, match=r"several|patients|same position"):
+            refused(case.uid)
+    with pytest.raises(InputError):
+        case.submit()
+    assert segs_of(case.pacs) == []
+
+
+def test_a_series_that_comes_to_be_ambiguous_later_takes_no_label_any_more(case):
+    case.submit(client_id="ann")
+    case.pacs.upload(write_phantom(case.folder / "t", KINDS["oblique"], SeriesInstanceUID=case.uid, PatientID="P8"))
+    case.store.forget_lists()
+    case.store.list_images()
+    with pytest.raises(InputError, match="several studies"):
+        case.submit(client_id="bob")
+    assert case.store.label_versions(case.uid)[0].info["client_id"] == "ann"
+
+
+def test_a_series_that_could_not_be_read_is_not_offered_again_after_a_restart(tmp_path):
+    running = make("embedded").start()
+    try:
+        uid = generate_uid()
+        folder = write_phantom(tmp_path / "s", KINDS["axial"], SeriesInstanceUID=uid)
+        for path in dicom_files(folder):
+            image = pydicom.dcmread(path)
+            image.file_meta.TransferSyntaxUID = JPEG2000Lossless
+            image.PixelData = encapsulate([b"this is no picture "])
+            image["PixelData"].is_undefined_length = True
+            image.save_as(path)
+        running.upload(folder)
+        store = store_of(running, tmp_path)
+        store.make_ready(uid)
+        with pytest.raises(InputError, match="pixels cannot be read"):
+            store.image_path(uid)
+        with pytest.raises(InputError, match="pixels cannot be read"):
+            store_of(running, tmp_path).make_ready(uid)
+        write_phantom(tmp_path / "more", Kind(slices=7), SeriesInstanceUID=uid)
+        late = pydicom.dcmread(tmp_path / "more" / "slice_006.dcm")
+        late.StudyInstanceUID = image.StudyInstanceUID
+        late.save_as(tmp_path / "late.dcm")
+        running.upload([tmp_path / "late.dcm"])
+        again = store_of(running, tmp_path)
+        again.make_ready(uid)  # it has changed: it gets another chance
+        assert again.progress(uid).state in ("fetching", "refused")
     finally:
         running.stop()

@@ -103,6 +103,7 @@ class SafeDicomDatastore(SafeDatastore):
             UnavailableError: the PACS does not answer, or is not done yet.
         """
         check_uid(image_id, "image")
+        self._pacs.check_unshared(image_id)
         path = self._here(image_id)
         if path is None:
             self._fetching.wait(image_id)
@@ -123,8 +124,9 @@ class SafeDicomDatastore(SafeDatastore):
     def make_ready(self, image_id: str) -> None:
         """Start fetching a series, after a look at its attributes: slices that make no volume are told by them."""
         if self._here(image_id) is None:
-            series = self._pacs.find(image_id)
-            _grid_before_fetching(self._pacs.metadata(series), image_id)
+            metadata = self._pacs.metadata(self._pacs.find(image_id))
+            _grid_before_fetching(metadata, image_id)
+            self._refuse_as_before(image_id, len(metadata))
             self._fetching.start(image_id)
 
     def progress(self, image_id: str) -> Progress | None:
@@ -171,11 +173,24 @@ class SafeDicomDatastore(SafeDatastore):
             try:
                 read = read_series(Path(folder))
             except InputError as error:
+                refused = {"images": len(headers), "what": error.what, "remedy": error.remedy}
+                write_json(self._refusal_file(uid), refused)
                 raise InputError(error.what, where=f"series {uid}", remedy=error.remedy) from None
+        self._refusal_file(uid).unlink(missing_ok=True)
         write_json(self._headers_file(uid), [header.to_json_dict() for header in headers])
         write_image(self.folder / f"{uid}.nii", read)
         self._list(series)
         logger.info("series %s: %d images in %.1f s", uid, len(headers), time.monotonic() - started)
+
+    def _refusal_file(self, uid: str) -> Path:
+        return self._attributes / "refused" / f"{uid}.json"
+
+    def _refuse_as_before(self, uid: str, images: int) -> None:
+        """Refuse what could not be read when it was fetched, also before a restart, unless images have come since."""
+        path = self._refusal_file(uid)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if before and before["images"] == images:
+            raise InputError(before["what"], where=f"series {uid}", remedy=before["remedy"])
 
     def _attributes_folder(self) -> Path:
         """The folder, without what fetches of former days left behind when they were interrupted."""
@@ -387,6 +402,10 @@ def _grid_before_fetching(metadata: list[Dataset], uid: str) -> None:
     """Refuse what the attributes alone tell; a PACS may keep too few of them for that."""
     if not metadata:
         raise NotFoundError("the series is empty", where=f"series {uid}")
+    if len({str(one.get("PatientID") or "") for one in metadata}) > 1:
+        raise InputError(
+            "images of several patients in one series", where=f"series {uid}", remedy="Give each a series of its own."
+        )
     if all("Rows" in one and ("ImagePositionPatient" in one or "NumberOfFrames" in one) for one in metadata):
         series_grid(metadata, f"series {uid}")
 

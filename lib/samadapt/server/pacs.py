@@ -6,9 +6,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ _STORED_BEFORE = 0x0111
 
 @dataclass(frozen=True)
 class SeriesEntry:
-    """One series as QIDO-RS lists it."""
+    """One series as QIDO-RS lists it.
+
+    Attributes:
+        shared: whether another study or another patient has a series of this UID, so that it does not tell them apart.
+    """
 
     uid: str
     study: str
@@ -45,6 +49,7 @@ class SeriesEntry:
     patient: str
     date: str
     images: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,15 +135,27 @@ class Pacs:
 
         Raises:
             NotFoundError: the PACS has no such series.
+            InputError: it has several.
         """
-        if known := self.series().get(uid):
-            return known
-        found = [entry for entry in self._search({"SeriesInstanceUID": uid}) if entry.uid == uid]
-        if not found or found[0].modality in NOT_IMAGES:
+        found = self.series().get(uid) or _by_uid(self._search({"SeriesInstanceUID": uid})).get(uid)
+        if found is None or found.modality in NOT_IMAGES:
             raise NotFoundError(
                 f"the PACS has no image series {uid}", where="image", remedy="Reload the study list in the viewer."
             )
-        return found[0]
+        if found.shared:
+            raise _ambiguous(uid)
+        return found
+
+    def check_unshared(self, uid: str) -> None:
+        """Refuse a series whose UID another one had, too, when the PACS was asked last.
+
+        Raises:
+            InputError: it had.
+        """
+        listed = self._listed
+        known = listed[1].get(uid) if listed else None
+        if known is not None and known.shared:
+            raise _ambiguous(uid)
 
     def metadata(self, series: SeriesEntry) -> list[Dataset]:
         """Attributes of every image of a series, as far as the PACS gives them without the pixels."""
@@ -190,7 +207,7 @@ class Pacs:
 
     def _ask(self) -> tuple[dict[str, SeriesEntry], dict[str, LabelEntry]]:
         everything = self._search({}) if self._wanted is None else self._search(self._wanted)
-        images = {entry.uid: entry for entry in everything if entry.modality not in NOT_IMAGES}
+        images = _by_uid([entry for entry in everything if entry.modality not in NOT_IMAGES])
         drawn = [entry for modality in LABEL_MODALITIES for entry in self._search({"Modality": modality})]
         labels = [label for entry in drawn if entry.modality in LABEL_MODALITIES for label in self._labels_of(entry)]
         ordered = sorted(labels, key=lambda label: (label.time, label.object))
@@ -257,6 +274,23 @@ class _Impatient(HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **options: Any) -> Any:
         return super().send(request, *args, **{**options, "timeout": options.get("timeout") or _NO_ANSWER_SECONDS})
+
+
+def _by_uid(entries: Iterable[SeriesEntry]) -> dict[str, SeriesEntry]:
+    found: dict[str, SeriesEntry] = {}
+    for entry in entries:
+        first = found.setdefault(entry.uid, entry)
+        if (first.study, first.patient) != (entry.study, entry.patient):
+            found[entry.uid] = replace(first, shared=True)
+    return found
+
+
+def _ambiguous(uid: str) -> InputError:
+    return InputError(
+        "several studies or patients in the PACS have a series of this UID, so that a label could go to the wrong one",
+        where=f"series {uid}",
+        remedy="Let the PACS's administrator give one of them another UID.",
+    )
 
 
 def _entry(found: Dataset) -> SeriesEntry:
