@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from samadapt import cli
+from samadapt.dicomweb.child import Child
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,12 +126,13 @@ def test_serve_becomes_the_server(run, tmp_path, monkeypatch):
         started.append((studies, host, port, conf, variables))
         raise SystemExit(0)
 
-    monkeypatch.setattr("samadapt.dicomweb.child.start", lambda folder, *options: "http://127.0.0.1:1/dicom-web")
+    served = Child("http://127.0.0.1:1/dicom-web", 7, ("python", "-m", "samadapt.dicomweb"))
+    monkeypatch.setattr("samadapt.dicomweb.child.start", lambda folder, *options: served)
     monkeypatch.setattr("samadapt.server.launch.run", become)
     monkeypatch.setattr("samadapt.server.launch.require_free", lambda host, port: None)
     code, out, _ = run("serve", "--studies", tmp_path, "--conf", "labels=a,b")
     assert code == 0
-    variables = {"SAMADAPT_DICOMWEB": "http://127.0.0.1:1/dicom-web"}
+    variables = {"SAMADAPT_DICOMWEB": "http://127.0.0.1:1/dicom-web", **served.variables()}
     assert started == [(str(tmp_path), "127.0.0.1", 8000, {"labels": "a,b"}, variables)]
     assert "http://127.0.0.1:8000" in out
 

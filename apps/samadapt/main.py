@@ -145,10 +145,7 @@ class SamAdaptApp(MONAILabelApp):
         if not sample:
             return sample
         self.ahead.first(sample["id"])
-        store = self.datastore()
-        if isinstance(store, OfferedDatastore) and store.series_of(sample["id"]):
-            sample["series_slices"] = store.in_series(sample["id"], sample["slices"])
-        return sample
+        return {**sample, **self.datastore().in_viewer(sample["id"], sample["slices"])}
 
     def infer(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
         """As the base class's, except that no path from outside is opened: an image is an id or an upload."""

@@ -162,8 +162,9 @@ def serve(
 
         folder = Path(studies)
         if launch.needs_dicomweb(folder):
-            address = studies = child.start(folder)
-            variables = child.host_environment(folder, studies)
+            served = child.start(folder)
+            address = studies = served.address
+            variables = {**child.host_environment(folder, address), **served.variables()}
         else:
             variables = child.start_for_volumes(folder)
             address = variables[child.ADDRESS]

@@ -212,6 +212,10 @@ class SafeDatastore(LocalDatastore):
     def begin(self) -> None:
         """What goes on beside the requests of a server; called once, when it is up."""
 
+    def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
+        """What a next sample's reply says of slices where viewers count them in another way than the image does."""
+        return {}
+
     def not_in_pacs(self) -> list[dict[str, Any]]:
         """Labels that have yet to reach the PACS; a folder's labels need not."""
         return []
@@ -376,7 +380,7 @@ class SafeDatastore(LocalDatastore):
         """Store a mask whose grid equals its image's, with what its values mean. The label before it is kept.
 
         Args:
-            image_id: the image.
+            image_id: the image, by whatever name ``known_id`` takes; raw voxels are those of what is named.
             label_filename: an image file, or raw voxels (``.bin``, ``.bin.gz``; see ``raw_mask``).
             label_tag: "final" counts.
             label_info: ``label_info`` and whatever else came with the label.
@@ -390,7 +394,8 @@ class SafeDatastore(LocalDatastore):
         info = dict(label_info or {})
         if not isinstance(info.get("client_id"), str | None):  # MONAI Label's own client sends null
             raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
-        with self._as_image(image_id, label_filename, info) as file:
+        named, image_id = image_id, self.known_id(image_id)
+        with self._as_image(named, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
             if tag == DefaultLabelTag.FINAL and not info.get("label_info"):
                 _check_nameless(self.last_saved.present, self.known_labels())
@@ -403,21 +408,30 @@ class SafeDatastore(LocalDatastore):
             self._write_label(image_id, file, tag, info)
 
     @contextmanager
-    def _as_image(self, image_id: str, file: str, info: dict[str, Any]) -> Iterator[str]:
-        """An image file of what was sent; raw voxels become one."""
+    def _as_image(self, name: str, file: str, info: dict[str, Any]) -> Iterator[str]:
+        """An image file of what was sent; raw voxels of what ``name`` names become one on the image's own grid."""
         if not file.endswith(RAW):
             yield file
             return
-        geometry = self.geometry_of(self.image_path(image_id))
-        mask = sent_mask(file, geometry.shape, image_id, info)
+        geometry = self.geometry_of(self.image_path(name))
+        mask = sent_mask(file, self._shape_shown(name, geometry), name, info)
         if (slices := info.pop("slices", None)) is not None:
-            mask = self._in_order(image_id, mask, slices)
+            mask = self._in_order(name, mask, slices)
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder) / "label.nii.gz"
-            write_mask(written, mask, geometry)
+            write_mask(written, self._as_stored(name, mask, geometry), geometry)
             yield str(written)
 
-    def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+    def _shape_shown(self, name: str, geometry: Geometry) -> tuple[int, int, int]:
+        """Shape of the grid on which viewers see what ``name`` names."""
+        return geometry.shape
+
+    def _as_stored(self, name: str, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """A mask on that grid -> on the image's."""
+        return mask
+
+    def _in_order(self, name: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+        """A mask with its slices in their order in the grid; ``slices`` names them as they come."""
         raise InputError(
             "only DICOM series have slices with names", where="slices", remedy="Leave it out for this image."
         )

@@ -29,6 +29,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.activelearning.leases import somebody_at
 from samadapt.config import closest
+from samadapt.dicomweb import child
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
@@ -72,6 +73,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     submissions.install(server, app)
     ohif.install(server, Path(app.app_dir))
     proxy.install()
+    child.watch()
     threads.install(server)
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     origins.install(server, allowed, loopback=_host() in origins.LOOPBACK, prefix=settings.MONAI_LABEL_API_STR)

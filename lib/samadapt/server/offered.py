@@ -6,18 +6,16 @@ This is the only place that knows both names and both orders of voxels. Who name
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from samadapt.data.coverage import SLICES
-from samadapt.data.geometry import turn_to_series
-from samadapt.data.volume import write_mask
+from samadapt.data.geometry import Geometry, turn_to_series
 from samadapt.dicomweb import converted
 from samadapt.dicomweb.converted import Converted
-from samadapt.server.datastore import RAW, SafeDatastore, in_order_of, sent_mask
+from samadapt.server.datastore import SafeDatastore, in_order_of
 
 
 class OfferedDatastore(SafeDatastore):
@@ -99,6 +97,9 @@ class OfferedDatastore(SafeDatastore):
         backwards = turn.steps[turn.native.acquisition_axis, 1] < 0
         return [count - 1 - number if backwards and 0 <= number < count else number for number in numbers]
 
+    def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
+        return {"series_slices": self.in_series(image_id, numbers)} if self.series_of(image_id) else {}
+
     # ---- changing
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
@@ -121,20 +122,14 @@ class OfferedDatastore(SafeDatastore):
         numbers = info.get(SLICES)
         if isinstance(numbers, list) and all(type(number) is int for number in numbers):
             info[SLICES] = sorted(self.in_series(record.case, numbers))
-        with self._on_grid_of_file(record, label_filename, info) as file:
-            return super().save_label(record.case, file, label_tag, info)
+        return super().save_label(image_id, label_filename, label_tag, info)
 
-    @contextmanager
-    def _on_grid_of_file(self, record: Converted, file: str, info: dict[str, Any]) -> Iterator[str]:
-        """An image file on the grid of the case's file, of raw voxels; image files say themselves where they lie."""
-        if not file.endswith(RAW):
-            yield file
-            return
-        turn = turn_to_series(self.geometry_of(self.image_path(record.case)))
-        mask = sent_mask(file, turn.turned.shape, record.series, info)
-        if (slices := info.pop("slices", None)) is not None:
-            mask = in_order_of(record.instances, mask, slices)
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "label.nii.gz"
-            write_mask(written, turn.back(mask), turn.native)
-            yield str(written)
+    def _shape_shown(self, name: str, geometry: Geometry) -> tuple[int, int, int]:
+        return turn_to_series(geometry).turned.shape if self.names_series(name) else geometry.shape
+
+    def _as_stored(self, name: str, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+        return turn_to_series(geometry).back(mask) if self.names_series(name) else mask
+
+    def _in_order(self, name: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+        record = self._named(name)
+        return super()._in_order(name, mask, slices) if record is None else in_order_of(record.instances, mask, slices)
