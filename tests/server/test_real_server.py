@@ -111,6 +111,10 @@ def test_a_pause_that_is_none_is_refused(server, body):
     assert answer.json()["where"] in ("paused", "body")
 
 
+def test_who_starts_the_host_s_own_command_is_told_how_ohif_would_show_the_folder(server):
+    assert f"samadapt serve --studies {server.studies}" in server.log.read_text()
+
+
 def test_a_request_that_lacks_something_is_told_what_as_every_other_error_is(server):
     answer = requests.put(f"{server.url}/samadapt/label", timeout=30)
     assert answer.status_code == 422

@@ -6,6 +6,8 @@ This is the only place that knows both names and both orders of voxels. Who name
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import numpy as np
 from samadapt.data.coverage import SLICES
 from samadapt.data.geometry import Geometry, turn_to_series
 from samadapt.dicomweb import converted
+from samadapt.dicomweb.child import ADDRESS
 from samadapt.dicomweb.converted import Converted
 from samadapt.server.datastore import SafeDatastore, in_order_of
+
+logger = logging.getLogger(__name__)
 
 
 class OfferedDatastore(SafeDatastore):
@@ -27,6 +32,15 @@ class OfferedDatastore(SafeDatastore):
         self._by_series: dict[str, Converted] = {}
         self._by_case: dict[str, Converted] = {}
         super().__init__(datastore_path, **host_options)
+
+    def begin(self) -> None:
+        """Say where OHIF's list of studies stays empty, and what to do about it."""
+        if ADDRESS not in os.environ:
+            logger.warning(
+                "OHIF shows no images of a folder that is served like this. To label in OHIF, start the server by: "
+                "samadapt serve --studies %s (3D Slicer works with either)",
+                self.folder,
+            )
 
     # ---- names
 
