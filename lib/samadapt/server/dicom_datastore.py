@@ -22,12 +22,12 @@ from pydicom.dataset import Dataset
 
 from samadapt.data.dicom import SeriesGrid, read_series, series_grid
 from samadapt.data.dicom_seg import read_seg, write_seg
-from samadapt.data.labels import values_from_label_info
+from samadapt.data.labels import values_from_label_info, values_in
 from samadapt.data.rtstruct import read_rtstruct
 from samadapt.data.volume import read_label, write_image, write_mask
 from samadapt.errors import InputError, NotFoundError, SamAdaptError, UnavailableError
 from samadapt.files import write_json
-from samadapt.server.datastore import SafeDatastore, in_order_of
+from samadapt.server.datastore import DRAWN, SafeDatastore, Version, in_order_of
 from samadapt.server.fetching import Fetching, Progress
 from samadapt.server.pacs import LabelEntry, Pacs, SeriesEntry, check_uid, wanted_by_person
 
@@ -227,6 +227,28 @@ class SafeDicomDatastore(SafeDatastore):
             self.take_in(image)
         return str(LocalDatastore.get_label_uri(self, image, label_tag))
 
+    def latest_label(self, image_id: str) -> Version | None:
+        """As the base class's; labels that others have stored in the PACS are read first.
+
+        Raises:
+            NotFoundError: neither the PACS nor the cache has such a series.
+        """
+        check_uid(image_id, "image")
+        if image_id not in self.list_images():
+            raise NotFoundError(
+                f"there is no series {image_id}", where="image", remedy="GET /datastore/?output=all lists them."
+            )
+        self.take_in(image_id)
+        return super().latest_label(image_id)
+
+    def knows_all_labels(self) -> bool:
+        """Whether the PACS has told which labels it holds."""
+        try:
+            self._pacs.labels()
+        except UnavailableError:
+            return False
+        return True
+
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
         """Fetches every labelled series and label that is not here yet."""
         for image in self.get_labeled_images():
@@ -262,7 +284,7 @@ class SafeDicomDatastore(SafeDatastore):
         label = read(self._pacs.fetch_label(entry), grid)
         if not label.mask.any():
             raise InputError("nothing is drawn in it", where=entry.object)
-        info = {**_info_of(entry), "remarks": list(label.remarks)}
+        info = {**_info_of(entry), "remarks": list(label.remarks), DRAWN: sorted(values_in(label.mask) - {0})}
         with tempfile.TemporaryDirectory() as folder, self._exclusive:
             file = Path(folder) / f"{entry.image}.nii.gz"
             write_mask(file, label.mask, self.geometry_of(path), label.values)
@@ -301,7 +323,7 @@ class SafeDicomDatastore(SafeDatastore):
             return
         names = values_from_label_info(info["label_info"]) if info.get("label_info") else {}
         try:
-            seg = write_seg(mask, names, self.grid(image_id), self._headers(image_id), info.get("client_id"))
+            seg = write_seg(mask, names, self.grid(image_id), self._headers(image_id), _maker(info))
             self._pacs.store(seg)
         except SamAdaptError as error:
             logger.error("the label of %s is stored here, but not in the PACS: %s", image_id, error)
@@ -355,6 +377,10 @@ def _without_pixels(image: Dataset) -> Dataset:
         if element.tag.group < 0x5000 and not element.tag.is_private and element.VR not in ("OB", "OW", "UN"):
             kept.add(element)
     return kept
+
+
+def _maker(info: Mapping[str, Any]) -> str | None:
+    return info.get("author") or info.get("client_id")
 
 
 def _info_of(entry: LabelEntry) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from samadapt.data.coverage import SLICES
-from samadapt.data.geometry import turn_to_series
+from samadapt.data.geometry import Geometry, turn_to_series
 from samadapt.data.volume import write_mask
 from samadapt.dicomweb import converted
 from samadapt.dicomweb.converted import Converted
-from samadapt.server.datastore import RAW, SafeDatastore, in_order_of, sent_mask
+from samadapt.server.datastore import RAW, SafeDatastore, Version, in_order_of, sent_mask
 
 
 class OfferedDatastore(SafeDatastore):
@@ -98,6 +100,14 @@ class OfferedDatastore(SafeDatastore):
         count = turn.turned.shape[2]
         backwards = turn.steps[turn.native.acquisition_axis, 1] < 0
         return [count - 1 - number if backwards and 0 <= number < count else number for number in numbers]
+
+    def version_mask(self, image_id: str, version: Version) -> tuple[np.ndarray, Geometry]:
+        """As the base class's; on the grid of the series where that is named."""
+        mask, geometry = super().version_mask(image_id, version)
+        if not self.names_series(image_id):
+            return mask, geometry
+        turn = turn_to_series(geometry)
+        return turn.forward(mask), turn.turned
 
     # ---- changing
 
