@@ -1,7 +1,7 @@
 // Adds a panel to OHIF's MONAI Label mode: what the bundled panel lacks. Loaded by the page itself; nothing is built.
 
 import { element } from './dom.js';
-import { hasUnsent } from './label.js';
+import { askBeforeLeaving } from './leaving.js';
 import { makePanel } from './panel.js';
 import { BASE } from './server.js';
 import * as viewer from './viewer.js';
@@ -15,8 +15,7 @@ const CORNER_AFTER_MS = 15000;
 document.cookie = `MONAILABEL_SERVER_URL=${encodeURIComponent(BASE.href)}; path=/ohif; SameSite=Strict`;
 document.head.append(element('link', { rel: 'stylesheet', href: new URL('panel.css', import.meta.url).href }));
 
-// The browser's own question; OHIF's way back to the study list asks none.
-window.addEventListener('beforeunload', (event) => hasUnsent() && event.preventDefault());
+askBeforeLeaving((path) => MODE.test(path));
 
 const panel = makePanel();
 let since = null;

@@ -31,6 +31,7 @@ export function makePanel() {
   );
   const poll = makePolling(status, async (info) => {
     samples.update(info);
+    label.keep(info.labels);
     const { running, ended } = training.update(info);
     if (ended || poll.first()) await models.refresh();
     return running;
@@ -38,9 +39,11 @@ export function makePanel() {
   let series = null;
   const shown = (uid) => {
     series = uid;
-    label.refresh();
+    const wanted = () => series === uid;
+    label.shown();
     samples.arrive();
-    return fetchSeries(uid, status, () => series === uid).catch(status.fail);
+    const here = fetchSeries(uid, status, wanted);
+    return here.then((ready) => ready && label.look(wanted)).catch(status.fail);
   };
   return { node, start: poll.start, stop: poll.stop, shown, masked: label.refresh };
 }

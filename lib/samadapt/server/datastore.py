@@ -153,6 +153,7 @@ class Submission(NamedTuple):
         coverage: what it covers, by its own word or by the settings.
         slices: how many slices are labelled, of how many.
         remarks: what else the annotator should know.
+        version: the stored label's name among its image's versions; None where it is no final label.
     """
 
     info: dict[str, Any]
@@ -160,6 +161,7 @@ class Submission(NamedTuple):
     coverage: Coverage
     slices: tuple[int, int]
     remarks: tuple[str, ...] = ()
+    version: str | None = None
 
 
 class Version(NamedTuple):
@@ -420,6 +422,8 @@ class SafeDatastore(LocalDatastore):
             if tag == DefaultLabelTag.FINAL and BASED_ON in info:
                 self._check_base(image_id, info[BASED_ON])
             self._write_label(image_id, file, tag, info)
+            if tag == DefaultLabelTag.FINAL and (stored := self._served(image_id)) is not None:
+                self._saved.submission = self.last_saved._replace(version=stored.name)
 
     def _check_base(self, image_id: str, base: Any) -> None:
         """Refuse to replace a label that its annotator does not know of."""

@@ -106,11 +106,10 @@ def _described(app: MONAILabelApp, image: str, version: Version) -> dict[str, An
     store = app.datastore()
     voxels, grid = store.version_mask(image, version)
     drawn = np.flatnonzero(np.moveaxis(voxels, grid.acquisition_axis, 0).any(axis=(1, 2)))
-    labelled = Coverage.from_info(version.info).or_else(store.assumed).slices or ALL
-    if labelled == NONEMPTY:
-        labelled = drawn.tolist()
-    elif not isinstance(labelled, str) and store.known_id(image) != image:  # named by its series
-        labelled = sorted(store.in_series(image, list(labelled)))
+    covered = Coverage.from_info(version.info).or_else(store.assumed).slices or ALL
+    labelled = drawn.tolist() if covered == NONEMPTY else covered
+    if isinstance(covered, tuple) and store.known_id(image) != image:  # named by its series
+        labelled = sorted(store.in_series(image, list(covered)))
     return {**version.to_dict(), "slices": drawn.tolist(), SLICES: labelled}
 
 
