@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
-import nibabel
 import numpy as np
 import pytest
 import requests
+from pydicom.uid import generate_uid
 
-from phantoms import octants
+from phantoms import Kind, octants, write_phantom
 from serving import ServeCommand
 from viewing import Viewer, browser
 
@@ -19,12 +20,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser]
 
 @pytest.fixture
 def server(tmp_path):
-    folder = tmp_path / "studies"
-    folder.mkdir()
-    affine = np.diag([0.75, -0.5, 2.0, 1.0])
-    affine[:3, 3] = (-20.25, 13.5, 40.125)
-    values = np.random.default_rng(3).normal(100, 10, (24, 40, 12)).astype(np.float32)
-    nibabel.save(nibabel.Nifti1Image(values, affine), folder / "case.nii.gz")
+    """Two series of one study."""
+    folder, study = tmp_path / "studies", generate_uid()
+    for number in (1, 2):
+        names = {"PatientID": "PAT1", "PatientName": "PAT1", "StudyInstanceUID": study, "SeriesNumber": number}
+        write_phantom(folder / str(number), Kind(slices=12), (24, 40), SeriesInstanceUID=generate_uid(), **names)
     running = ServeCommand(folder, ("image_size", "64")).start()
     yield running
     running.stop()
@@ -67,7 +67,7 @@ def drawn(viewer, name="liver"):
 
 
 def test_a_label_is_shown_again_and_nobody_loses_work(viewer, server):
-    viewer.open("case")
+    viewer.open("PAT1")
     structures_are_named_once(viewer)
     mask = octants(viewer.voxels().shape, values=(viewer.names()["liver"],))
     mask[:, :, [k for k in range(mask.shape[2]) if k not in (2, 3)]] = 0
@@ -77,11 +77,12 @@ def test_a_label_is_shown_again_and_nobody_loses_work(viewer, server):
     viewer.panel.get_by_role("radio", name="edited slices only").check()
     viewer.press("Submit label")
     viewer.says("The label is safe")
+    viewer.bundled.get_by_text("liver").first.wait_for(state="attached")  # it has been connected again
     viewer.page.locator('[data-cy="return-to-work-list"]').first.click()  # nothing is unsent, so nobody is asked
     viewer.page.wait_for_url(lambda url: "monai-label" not in url)
 
     asked = len(viewer.asks)
-    viewer.open("case")
+    viewer.open("PAT1")
     viewer.says("The label of Anna is shown")
     viewer.panel.get_by_text("Labelled by Anna on").wait_for()
     viewer.picture("shown-again")
@@ -91,6 +92,7 @@ def test_a_label_is_shown_again_and_nobody_loses_work(viewer, server):
 
     somebody_else_labels_meanwhile(viewer, server, mask)
     versions_come_back(viewer, server)
+    the_mask_stays_with_its_series(viewer)
 
 
 def structures_are_named_once(viewer):
@@ -171,3 +173,27 @@ def versions_come_back(viewer, server):
     assert (stored["author"], stored["labelled_slices"]) == ("Anna", "all")  # she has chosen it
     assert np.flatnonzero(drawn(viewer).any(axis=(0, 1))).tolist() == stored["slices"]
     assert len(stored["slices"]) > 3
+
+
+def the_mask_stays_with_its_series(viewer):
+    """OHIF shows another series of the study in the same page, which has one mask."""
+    changed = viewer.voxels()
+    changed[1, 2, 6] = viewer.names()["liver"]
+    viewer.draw(changed)
+    series = viewer.page.locator('[data-cy="study-browser-thumbnail"]')
+    elsewhere = viewer.panel.get_by_role("button", name="Label this series")
+    series.nth(1).dblclick()
+    elsewhere.wait_for()
+    viewer.press("Submit label")
+    viewer.says("belongs to another series")
+    assert not viewer.panel.get_by_role("button", name="Load label").is_visible()
+    series.nth(0).dblclick()
+    elsewhere.wait_for(state="hidden")
+    assert np.array_equal(viewer.voxels(), changed)
+    viewer.panel.get_by_text(re.compile("edited slices only: [0-9]+$")).wait_for()  # what was changed is still known
+    series.nth(1).dblclick()
+    with viewer.page.expect_navigation():
+        elsewhere.click()
+    assert viewer.asks[-1] == ""  # the browser asked
+    viewer.wait_until_connected()
+    viewer.panel.get_by_text("Not labelled yet").wait_for()

@@ -111,7 +111,7 @@ function scopeChoice() {
     element('label', {}, some, 'edited slices only: ', shown)
   );
   const refresh = () => {
-    shown.textContent = viewer.maskVolume() ? slicesInWords(edited()) : 'none';
+    shown.textContent = viewer.maskFits() ? slicesInWords(edited()) : 'none';
   };
   return { node, refresh, value: () => (some.checked ? edited() : 'all') };
 }
@@ -151,7 +151,7 @@ async function place(label, replaced, status, scope, stored) {
 function readyMask() {
   if (!viewer.maskVolume()) throw new Error('there is no mask yet; connect, or reload the page');
   viewer.keepNames();
-  if (!viewer.maskFits()) throw new Error('the mask belongs to another series; open that one again, or reload the page');
+  if (!viewer.maskFits()) throw new Error('the page’s mask belongs to another series; press “Label this series”');
   return viewer.voxels();
 }
 

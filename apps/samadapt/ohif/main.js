@@ -17,7 +17,7 @@ document.head.append(element('link', { rel: 'stylesheet', href: new URL('panel.c
 
 askBeforeLeaving((path) => MODE.test(path));
 
-const panel = makePanel();
+const panel = makePanel(reconnect);
 let since = null;
 let shown = null;
 let listening = false;
@@ -71,6 +71,12 @@ function connect() {
   if (!pressable || connected === pressable) return;
   connected = pressable;
   pressable.click();
+}
+
+/** The bundled panel numbers the model's structures as the server did when it was connected. */
+function reconnect() {
+  connected = null;
+  if (viewer.maskVolume()) connect();
 }
 
 setInterval(look, LOOK_MS);

@@ -11,6 +11,7 @@ export function checkFits(sizes, series) {
   if (viewer.shownSeries().SeriesInstanceUID !== series) {
     throw new Error('another series is shown now; its mask is left alone');
   }
+  if (!viewer.maskFits()) throw new Error('the page’s mask belongs to another series; press “Label this series”');
   const shown = viewer.maskVolume().dimensions;
   if (sizes.join() !== [...shown].join()) throw new Error(`the mask has ${sizes} voxels, the series ${shown}`);
 }

@@ -17,5 +17,5 @@ export function maker({ author, client_id: client, source }) {
 
 /** @param {number} seconds since the epoch */
 export function moment(seconds) {
-  return new Date(seconds * 1000).toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' });
+  return new Date(seconds * 1000).toLocaleString([], { dateStyle: 'medium', timeStyle: 'medium' });
 }

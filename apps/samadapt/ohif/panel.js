@@ -12,8 +12,11 @@ const POLL_MS = 5000;
 const POLL_TRAINING_MS = 1500;
 const POLL_AWAY_MS = 3000;
 
-/** @returns {{node: HTMLElement, start: function, stop: function, shown: function, masked: function}} */
-export function makePanel() {
+/**
+ * @param {function} renamed told when the server has other structures than before
+ * @returns {{node: HTMLElement, start: function, stop: function, shown: function, masked: function}}
+ */
+export function makePanel(renamed) {
   const status = makeStatus();
   const label = labelSection(status);
   const samples = samplesSection(status);
@@ -29,7 +32,11 @@ export function makePanel() {
     training.node,
     models.node
   );
+  let structures = null;
   const poll = makePolling(status, async (info) => {
+    const now = JSON.stringify(info.models.samadapt.labels);
+    if (structures !== null && structures !== now) renamed();
+    structures = now;
     samples.update(info);
     label.keep(info.labels);
     const { running, ended } = training.update(info);

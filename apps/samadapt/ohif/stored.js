@@ -40,7 +40,8 @@ export function storedLabel(status, changed) {
     view.describe(label);
     const empty = () => wanted() && viewer.maskFits() && !viewer.voxels().some(Boolean) && !hasUnsent();
     if (label && empty()) await show(label, 'is shown; corrections add to it', empty);
-    else if (label) status.say('This series has a label; “Load label” shows it.');
+    else if (!viewer.maskFits()) status.say('The mask in this page belongs to another series.');
+    else if (label && base() !== label.name) status.say('This series has a label; “Load label” shows it.');
     await listVersions(label);
   };
 
@@ -69,7 +70,7 @@ export function storedLabel(status, changed) {
    * @param {function(string): Promise} replace sends the mask in the place of the version of that name
    */
   const ask = async (replace) => {
-    const label = await latest();
+    const label = await refresh();
     const when = `${capital(maker(label))} submitted a label on ${moment(label.time)}, which your mask does not stand on.`;
     view.ask(`${when} Yours is not sent yet; the other is kept in any case.`, {
       'Look at it first': () => lookFirst(label, replace).catch(status.fail),
@@ -106,14 +107,17 @@ export function storedLabel(status, changed) {
 function makeView(load) {
   const said = element('p', { className: 'samadapt-stored' });
   const again = button('Load label', load, { hidden: true });
+  const elsewhere = button('Label this series', async () => openShown(), { hidden: true });
   const rows = element('tbody');
   const summary = element('summary', { textContent: 'Versions of this label' });
   const versions = element('details', { hidden: true }, summary, element('table', {}, rows));
   const question = element('div', { role: 'alertdialog', 'aria-label': 'Another label', className: 'samadapt-question', hidden: true });
 
   const describe = (label) => {
-    again.hidden = !label;
-    said.textContent = label ? `Labelled by ${maker(label)} on ${moment(label.time)}: ${contents(label)}.` : 'Not labelled yet.';
+    elsewhere.hidden = viewer.maskFits();
+    again.hidden = !label || !viewer.maskFits();
+    const made = label && `${label.restored ? 'Restored' : 'Labelled'} by ${maker(label)} on ${moment(label.time)}`;
+    said.textContent = label ? `${made}: ${contents(label)}.` : 'Not labelled yet.';
   };
   const list = (known, restore) => {
     versions.hidden = known.length < 2;
@@ -129,7 +133,13 @@ function makeView(load) {
   const close = () => {
     question.hidden = true;
   };
-  return { node: element('div', {}, said, again, question), versions, describe, list, ask, close };
+  return { node: element('div', {}, said, again, elsewhere, question), versions, describe, list, ask, close };
+}
+
+/** The bundled panel makes one mask a page, for the series that the page was opened with. */
+function openShown() {
+  const { StudyInstanceUID: study, SeriesInstanceUID: series } = viewer.shownSeries();
+  window.location.assign(viewer.addressOf(study, series));
 }
 
 function contents(label) {
@@ -139,7 +149,7 @@ function contents(label) {
 }
 
 function row(version, restore) {
-  const made = `${maker(version)}, ${moment(version.time)}`;
+  const made = `${version.restored ? 'restored by ' : ''}${maker(version)}, ${moment(version.time)}`;
   const again = button('Restore', restore, { 'aria-label': `Restore the label of ${made}` });
   return element(
     'tr',

@@ -8,6 +8,9 @@ const series = () => viewer.shownSeries()?.SeriesInstanceUID;
 /** What the page's mask stands on, by series: a stored version's name, and its labelled slices ('all', or k from 0). */
 const bases = new Map();
 
+/** The mask whose changes are counted. */
+let counted = null;
+
 /** A person's own mask while they look at another label. */
 let aside = null;
 
@@ -51,9 +54,12 @@ export function mindModel() {
   takeModelMask(viewer.voxels(), viewer.maskVolume().dimensions);
 }
 
-/** Another series is shown. */
+/** A series is shown: count changes anew where the page has a new mask for it. */
 export function begin() {
+  if (!viewer.maskFits() || viewer.maskVolume() === counted) return;
+  counted = viewer.maskVolume();
   startFrom(new Uint8Array(0));
+  bases.delete(series());
   aside = null;
 }
 

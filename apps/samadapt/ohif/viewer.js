@@ -227,11 +227,11 @@ function volumeViewports() {
   return all.filter((viewport) => viewport.jumpToWorld && viewport.hasVolumeId?.(id));
 }
 
-/** Address of a series in the MONAI Label mode. */
+/** Address of a series in the MONAI Label mode, which shows a study's first series unless it is given no other. */
 export function addressOf(study, series) {
   const address = new URL(`${window.PUBLIC_URL || '/ohif/'}monai-label`, window.location.origin);
   address.searchParams.set('StudyInstanceUIDs', study);
-  address.searchParams.set('initialSeriesInstanceUID', series);
+  address.searchParams.set('SeriesInstanceUIDs', series);
   return address;
 }
 
