@@ -59,7 +59,8 @@ class Viewer:
         page: playwright's.
         panel: our panel; ``bundled``: the one that comes with OHIF.
         errors: exceptions in the page that nobody caught.
-        asks: what the page wanted confirmed; everything is.
+        asks: what the page wanted confirmed; "" is the browser's own question before it leaves a page.
+        agrees: whether everything is confirmed, or nothing.
     """
 
     def __init__(self, browser: Any, url: str, name: str) -> None:
@@ -70,6 +71,7 @@ class Viewer:
         self.bundled = self.page.locator(".monaiLabelPanel")
         self.errors: list[str] = []
         self.asks: list[str] = []
+        self.agrees = True
         self._name = name
         self._shots = 0
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -77,7 +79,10 @@ class Viewer:
 
     def _confirm(self, dialog: Any) -> None:
         self.asks.append(dialog.message)
-        dialog.accept()
+        if self.agrees:
+            dialog.accept()
+        else:
+            dialog.dismiss()
 
     # ---- the way to a series
 

@@ -186,4 +186,4 @@ class SamAdaptApp(MONAILabelApp):
         labels = self.label_source.current()
         warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         warnings += saved.remarks
-        return {"warnings": warnings, "labels": self.label_source.indices()}
+        return {"warnings": warnings, "labels": self.label_source.indices(), "version": saved.version}

@@ -50,6 +50,8 @@ def test_what_is_drawn_in_ohif_is_the_label_of_the_file(studies):
                 check(viewer, studies, case)
                 if case == "left_handed":
                     check_next_sample(viewer, studies, case)
+                if case == "oblique":
+                    check_label_is_shown_again(viewer)
                 viewer.page.context.close()
                 assert viewer.errors == []
     finally:
@@ -71,6 +73,14 @@ def check(viewer, studies, case):
     label = read_case(found, LabelMap(NAMES))[1]
     assert np.array_equal(label, turn.back(mask))
     viewer.picture("submitted")
+
+
+def check_label_is_shown_again(viewer):
+    mask = viewer.voxels()
+    viewer.page.reload()
+    viewer.wait_until_connected()
+    viewer.says("is shown")
+    assert np.array_equal(viewer.voxels(), mask)
 
 
 def check_next_sample(viewer, studies, case):

@@ -11,14 +11,20 @@ from samadapt.server.labels import LabelSource, label_warnings
 
 
 class Store:
-    """Final labels as ``SafeDatastore.json`` lists them: image -> (time, label_info)."""
+    """Final labels as ``SafeDatastore.json`` lists them: image -> (time, label_info, *drawn values)."""
 
     def __init__(self, labels):
         self.labels = labels
 
+    complete = True
+
+    def knows_all_labels(self):
+        return self.complete
+
     def json(self):
-        def entry(ts, info):
-            return {"labels": {"final": {"info": {"ts": ts, "name": "x", "label_info": info}}}}
+        def entry(ts, info, *drawn):
+            told = {"ts": ts, "name": "x", "label_info": info}
+            return {"labels": {"final": {"info": {**told, "drawn": list(drawn)} if drawn else told}}}
 
         return {"objects": {"plain": {"labels": {}}, **{image: entry(*label) for image, label in self.labels.items()}}}
 
@@ -42,11 +48,41 @@ def test_names_come_in_the_order_of_submission(source):
     assert source.indices() == {"a": 1, "b": 2, "c": 3}
 
 
-def test_indices_do_not_move_when_labels_change_or_the_server_restarts(source, tmp_path):
+def test_names_keep_their_order_when_labels_change_or_the_server_restarts(source, tmp_path):
     source.learn_from(Store({"a": (10, named("a", "b"))}))
-    source.learn_from(Store({"a": (99, named("b")), "b": (50, named("z", "b"))}))
+    source.learn_from(Store({"a": (99, named("b", "a")), "b": (50, named("z", "b"))}))
     assert source.indices() == {"a": 1, "b": 2, "z": 3}
     assert LabelSource(None, tmp_path, Project(tmp_path)).indices() == source.indices()
+
+
+def test_a_name_that_nobody_draws_any_more_leaves_the_list(source):
+    source.learn_from(Store({"a": (10, named("mistake", "b"))}))
+    source.learn_from(Store({"a": (20, named("mistake", "b"), 2)}))  # listed, and not drawn
+    assert source.indices() == {"b": 1}
+    source.learn_from(Store({"a": (30, named("mistake", "b"), 7)}))
+    assert source.indices() == {}
+    assert source.current() is None
+
+
+def test_no_name_leaves_while_a_label_without_names_follows_their_order(source):
+    source.learn_from(Store({"a": (10, named("a", "b"))}))
+    source.learn_from(Store({"a": (20, named("b")), "b": (30, None)}))
+    assert source.indices() == {"a": 1, "b": 2}
+
+
+def test_no_name_leaves_while_the_labels_cannot_be_seen(source):
+    source.learn_from(Store({"a": (10, named("a", "b"))}))
+    away = Store({})
+    away.complete = False
+    source.learn_from(away)
+    assert source.indices() == {"a": 1, "b": 2}
+
+
+def test_names_that_differ_in_form_alone_are_one(source):
+    source.learn_from(
+        Store({"a": (10, named("M\u00fcller", "liver")), "b": (20, named(" LIVER", "mu\u0308LLER", "x"))})
+    )
+    assert source.indices() == {"M\u00fcller": 1, "liver": 2, "x": 3}
 
 
 def test_labels_json_beside_the_images_wins_over_submitted_names(source, tmp_path):
@@ -95,7 +131,7 @@ def test_an_annotator_is_told_what_is_odd_about_a_label(info, present, labels, w
 def test_what_is_to_be_ignored_is_no_structure(source):
     source.learn_from(Store({"a": (1, named("Ignore", "liver", "unlabelled"))}))
     assert source.indices() == {"liver": 1}
-    source.learn_from(Store({"b": (2, named("unlabeled"))}))
+    source.learn_from(Store({"a": (1, named("Ignore", "liver")), "b": (2, named("unlabeled"))}))
     assert source.indices() == {"liver": 1}
 
 

@@ -9,6 +9,16 @@ export function startFrom(voxels) {
   edited = [];
 }
 
+/** What changes count from, to return to it. */
+export function mark() {
+  return { baseline, edited };
+}
+
+/** @param {Object} marked from `mark` */
+export function returnTo(marked) {
+  ({ baseline, edited } = marked);
+}
+
 /** A model's mask has come: it is no edit, except in slices that somebody had changed before. */
 export function takeModelMask(voxels, dimensions) {
   const size = dimensions[0] * dimensions[1];

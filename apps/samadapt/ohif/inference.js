@@ -1,5 +1,6 @@
 // Asks the server's models for masks and puts them into OHIF's segmentation.
 
+import { checkFits, showMask } from './masks.js';
 import { readNrrd } from './nrrd.js';
 import { request } from './server.js';
 import * as viewer from './viewer.js';
@@ -19,14 +20,8 @@ async function infer(model, params) {
   const response = await request(`infer/${model}?image=${encodeURIComponent(image)}&output=all`, { method: 'POST', form });
   const parts = await response.formData();
   const mask = readNrrd(await parts.get('image').arrayBuffer());
-  checkSize(mask.sizes);
-  if (viewer.shownSeries().SeriesInstanceUID !== image) throw new Error('another series is shown now; its mask is left alone');
+  checkFits(mask.sizes, image);
   return { ...mask, params: JSON.parse(parts.get('params')) };
-}
-
-function checkSize(sizes) {
-  const shown = viewer.maskVolume().dimensions;
-  if (sizes.join() !== [...shown].join()) throw new Error(`the mask has ${sizes} voxels, the series ${shown}`);
 }
 
 /**
@@ -36,11 +31,8 @@ function checkSize(sizes) {
 export async function segmentAll() {
   const reply = await infer('samadapt', {});
   if (!reply.params.model_version) return reply.params;
-  const table = new Uint8Array(256);
-  for (const [name, value] of Object.entries(reply.params.label_names)) table[value] = viewer.addStructure(name);
-  const mask = reply.voxels.map((value) => table[value]);
-  viewer.setVoxels(mask);
-  return { ...reply.params, mask };
+  const names = new Map(Object.entries(reply.params.label_names).map(([name, value]) => [value, name]));
+  return { ...reply.params, mask: showMask(reply.voxels, names) };
 }
 
 /**

@@ -1,12 +1,15 @@
 // Label: structures, brush, clicks, the model's mask with its worth, and the submission.
 
+import { author, person, setAuthor } from './client.js';
 import { button, capital, element, field, section } from './dom.js';
-import { editedSlices, startFrom, takeModelMask, whenBundledFetches } from './edits.js';
+import { whenBundledFetches } from './edits.js';
 import { segmentAll } from './inference.js';
 import { pointer } from './pointer.js';
-import { showQuality } from './quality.js';
-import { clientId } from './client.js';
+import { showQuality, slicesInWords } from './quality.js';
 import { requestJson } from './server.js';
+import { storedLabel } from './stored.js';
+import { structureChoice } from './structures.js';
+import { base, begin, edited, hasUnsent, isLooking, mindModel, standOn, standOnModel, together } from './unsent.js';
 import * as viewer from './viewer.js';
 
 const TOOLS = { Browse: 'WindowLevel', Brush: 'CircularBrush', Eraser: 'CircularEraser' };
@@ -19,29 +22,44 @@ export function labelSection(status) {
   const structures = structureChoice(status);
   const scope = scopeChoice();
   const guarded = (action) => () => action().catch(status.fail);
+  const stored = storedLabel(status, () => refresh());
   const node = section(
     'Label',
     button('Segment', guarded(() => segment(status, quality)), { title: 'The model marks every learned structure' }),
     quality,
+    stored.node,
     structures.node,
     toolButtons(),
     pointer(structures.value, status),
     scope.node,
-    button('Submit label', guarded(() => submit(status, scope)), { className: 'samadapt-primary' })
+    field('Your name', authorInput()),
+    button('Submit label', guarded(() => submit(status, scope, stored)), { className: 'samadapt-primary' }),
+    stored.versions
   );
   const refresh = () => {
     structures.refresh();
     scope.refresh();
   };
   watchBundled(scope.refresh);
-  return { node, refresh };
+  const shown = () => {
+    begin();
+    refresh();
+  };
+  return { node, refresh, shown, look: stored.look, keep: structures.keep };
+}
+
+/** Shown to other people with what was labelled; may be left empty. */
+function authorInput() {
+  const input = element('input', { type: 'text', value: author(), maxLength: 64, placeholder: 'shown with your labels' });
+  input.addEventListener('change', () => setAuthor(input.value));
+  return input;
 }
 
 async function segment(status, quality) {
   if (hasUnsent() && !window.confirm('The model’s mask takes the place of changes that were not submitted. Go on?')) return;
   status.say('The model looks at the series …');
   const { mask, message, quality: worth, model_version: version } = await segmentAll();
-  if (mask) startFrom(mask);
+  if (mask) standOnModel(mask);
   showQuality(quality, worth);
   status.say([version ? `Mask of ${version}.` : '', message || ''].join(' ').trim());
 }
@@ -56,46 +74,9 @@ function watchBundled(refresh) {
   const take = () => {
     if (!fetched || !viewer.maskVolume()) return;
     fetched = false;
-    takeModelMask(viewer.voxels(), viewer.maskVolume().dimensions);
+    mindModel();
     refresh();
   };
-}
-
-// ---- structures
-
-function structureChoice(status) {
-  const select = element('select');
-  const name = element('input', { type: 'text', placeholder: 'name', maxLength: 64 });
-  select.addEventListener('change', () => viewer.setActiveStructure(Number(select.value)));
-  const add = () => {
-    const wanted = name.value.trim();
-    if (!wanted) return status.fail(new Error('the new structure needs a name'));
-    viewer.setActiveStructure(viewer.addStructure(wanted));
-    name.value = '';
-    refresh();
-    return status.say(`Structure “${wanted}” is chosen.`);
-  };
-  name.addEventListener('keydown', (event) => {
-    if (event.key === 'Enter') add();
-  });
-  const refresh = () => refreshStructures(select);
-  const node = element(
-    'div',
-    {},
-    field('Structure', select),
-    element('div', { className: 'samadapt-add' }, field('New', name), button('Add', async () => add()))
-  );
-  return { node, refresh, value: () => Number(select.value) };
-}
-
-function refreshStructures(select) {
-  const known = [...viewer.structures()];
-  const shown = [...select.options].map((option) => `${option.value} ${option.textContent}`);
-  if (shown.join('\n') !== known.map(([value, name]) => `${value} ${name}`).join('\n')) {
-    select.replaceChildren(...known.map(([value, name]) => element('option', { value, textContent: name })));
-  }
-  const active = viewer.activeStructure();
-  if (viewer.structures().has(active)) select.value = active;
 }
 
 // ---- tools
@@ -119,7 +100,7 @@ function toolButtons() {
 // ---- submission
 
 function scopeChoice() {
-  const edited = element('span');
+  const shown = element('span');
   const whole = scopeRadio(WHOLE, true);
   const some = scopeRadio(EDITED, false);
   const node = element(
@@ -127,64 +108,50 @@ function scopeChoice() {
     {},
     element('legend', { textContent: 'Submit' }),
     element('label', {}, whole, 'the whole volume'),
-    element('label', {}, some, 'edited slices only: ', edited)
+    element('label', {}, some, 'edited slices only: ', shown)
   );
-  const slices = () => editedSlices(viewer.voxels(), viewer.maskVolume().dimensions);
   const refresh = () => {
-    edited.textContent = viewer.maskVolume() ? inWords(slices()) : 'none';
+    shown.textContent = viewer.maskFits() ? slicesInWords(edited()) : 'none';
   };
-  return { node, refresh, value: () => (some.checked ? slices() : 'all') };
+  return { node, refresh, value: () => (some.checked ? edited() : 'all') };
 }
 
 function scopeRadio(value, checked) {
   return element('input', { type: 'radio', name: 'samadapt-scope', value, checked });
 }
 
-/** Slices as people write them: "3–5, 9", by the numbers that OHIF shows. */
-function inWords(slices) {
-  const runs = [];
-  for (const number of slices.map(viewer.sliceNumber).sort((a, b) => a - b)) {
-    const last = runs[runs.length - 1];
-    if (last && last[1] === number - 1) last[1] = number;
-    else runs.push([number, number]);
-  }
-  return runs.map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`)).join(', ') || 'none';
-}
-
-async function submit(status, scope) {
+async function submit(status, scope, stored) {
+  if (isLooking()) throw new Error('another label is shown; choose yours or that one first');
   const mask = readyMask();
   const names = viewer.structures();
   checkNames(mask, names);
-  const edited = scope.value();
-  if (edited.length === 0) throw new Error('no slice was edited since the last submission; choose the whole volume');
+  const chosen = scope.value();
+  if (chosen.length === 0) throw new Error('no slice was edited since the last submission; choose the whole volume');
+  await place({ mask, names, slices: together(chosen) }, base(), status, scope, stored);
+}
+
+/** Put a label in the place of the version `replaced`; where another one counts, ask the person what to do. */
+async function place(label, replaced, status, scope, stored) {
   status.say('The label is on its way …');
-  const series = viewer.shownSeries().SeriesInstanceUID;
-  const slices = together(submitted.get(series), edited);
-  const reply = await send(mask, names, slices);
-  submitted.set(series, slices);
-  startFrom(mask);
+  let reply;
+  try {
+    reply = await send(label, replaced);
+  } catch (error) {
+    if (error.where !== 'based_on') throw error;
+    status.say('The label is not sent yet.');
+    await stored.ask((other) => place(label, other, status, scope, stored));
+    return;
+  }
+  standOn(reply.version, label.slices, label.mask);
   scope.refresh();
   status.say(['The label is safe.', ...(reply.warnings || []).map((words) => `${capital(words)}.`)].join(' '));
-}
-
-/** What this page has submitted of each series: a correction adds to it. */
-const submitted = new Map();
-
-/** Labelled slices: 'all', or numbers from 0. */
-function together(before, now) {
-  if (before === 'all' || now === 'all') return 'all';
-  return [...new Set([...(before || []), ...now])].sort((a, b) => a - b);
-}
-
-/** Whether there are changes that nobody has submitted. */
-export function hasUnsent() {
-  return Boolean(viewer.maskVolume()) && editedSlices(viewer.voxels(), viewer.maskVolume().dimensions).length > 0;
+  await stored.submitted();
 }
 
 function readyMask() {
   if (!viewer.maskVolume()) throw new Error('there is no mask yet; connect, or reload the page');
   viewer.keepNames();
-  if (!viewer.maskFits()) throw new Error('the mask belongs to another series; open that one again, or reload the page');
+  if (!viewer.maskFits()) throw new Error('the page’s mask belongs to another series; press “Label this series”');
   return viewer.voxels();
 }
 
@@ -195,11 +162,12 @@ function checkNames(mask, names) {
   if (nameless.size) throw new Error(`voxels of value ${[...nameless]} have no structure; add one and draw them with it`);
 }
 
-async function send(mask, names, slices) {
+async function send({ mask, names, slices }, replaced) {
   const form = new FormData();
   const params = {
     label_info: [...names].map(([idx, name]) => ({ name, idx })),
-    client_id: clientId(),
+    ...person(),
+    based_on: replaced,
     labelled_slices: slices,
     shape: [...viewer.maskVolume().dimensions],
   };

@@ -1,7 +1,7 @@
 // Adds a panel to OHIF's MONAI Label mode: what the bundled panel lacks. Loaded by the page itself; nothing is built.
 
 import { element } from './dom.js';
-import { hasUnsent } from './label.js';
+import { askBeforeLeaving } from './leaving.js';
 import { makePanel } from './panel.js';
 import { BASE } from './server.js';
 import * as viewer from './viewer.js';
@@ -15,10 +15,9 @@ const CORNER_AFTER_MS = 15000;
 document.cookie = `MONAILABEL_SERVER_URL=${encodeURIComponent(BASE.href)}; path=/ohif; SameSite=Strict`;
 document.head.append(element('link', { rel: 'stylesheet', href: new URL('panel.css', import.meta.url).href }));
 
-// The browser's own question; OHIF's way back to the study list asks none.
-window.addEventListener('beforeunload', (event) => hasUnsent() && event.preventDefault());
+askBeforeLeaving((path) => MODE.test(path));
 
-const panel = makePanel();
+const panel = makePanel(reconnect);
 let since = null;
 let shown = null;
 let listening = false;
@@ -72,6 +71,12 @@ function connect() {
   if (!pressable || connected === pressable) return;
   connected = pressable;
   pressable.click();
+}
+
+/** The bundled panel numbers the model's structures as the server did when it was connected. */
+function reconnect() {
+  connected = null;
+  if (viewer.maskVolume()) connect();
 }
 
 setInterval(look, LOOK_MS);

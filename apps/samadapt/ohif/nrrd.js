@@ -2,7 +2,8 @@
 
 /**
  * @param {ArrayBuffer} buffer
- * @returns {{sizes: number[], voxels: Uint8Array}} voxels with i fastest, then j, then k
+ * @returns {{sizes: number[], voxels: Uint8Array, names: Map<number, string>}} voxels with i fastest, then j, then k;
+ *   names of their values, as far as the file says them
  */
 export function readNrrd(buffer) {
   const bytes = new Uint8Array(buffer);
@@ -13,7 +14,8 @@ export function readNrrd(buffer) {
   if (fields.encoding !== 'raw' || sizes.reduce((a, b) => a * b, 1) !== voxels.length) {
     throw new Error(`the mask is no raw NRRD of bytes: ${fields.encoding}, ${sizes}, ${voxels.length} bytes`);
   }
-  return { sizes, voxels };
+  const names = Object.entries(JSON.parse(fields.label_names || '{}')).map(([value, name]) => [Number(value), name]);
+  return { sizes, voxels, names: new Map(names) };
 }
 
 function endOfHeader(bytes) {

@@ -12,8 +12,11 @@ const POLL_MS = 5000;
 const POLL_TRAINING_MS = 1500;
 const POLL_AWAY_MS = 3000;
 
-/** @returns {{node: HTMLElement, start: function, stop: function, shown: function, masked: function}} */
-export function makePanel() {
+/**
+ * @param {function} renamed told when the server has other structures than before
+ * @returns {{node: HTMLElement, start: function, stop: function, shown: function, masked: function}}
+ */
+export function makePanel(renamed) {
   const status = makeStatus();
   const label = labelSection(status);
   const samples = samplesSection(status);
@@ -29,8 +32,13 @@ export function makePanel() {
     training.node,
     models.node
   );
+  let structures = null;
   const poll = makePolling(status, async (info) => {
+    const now = JSON.stringify(info.models.samadapt.labels);
+    if (structures !== null && structures !== now) renamed();
+    structures = now;
     samples.update(info);
+    label.keep(info.labels);
     const { running, ended } = training.update(info);
     if (ended || poll.first()) await models.refresh();
     return running;
@@ -38,9 +46,11 @@ export function makePanel() {
   let series = null;
   const shown = (uid) => {
     series = uid;
-    label.refresh();
+    const wanted = () => series === uid;
+    label.shown();
     samples.arrive();
-    return fetchSeries(uid, status, () => series === uid).catch(status.fail);
+    const here = fetchSeries(uid, status, wanted);
+    return here.then((ready) => ready && label.look(wanted)).catch(status.fail);
   };
   return { node, start: poll.start, stop: poll.stop, shown, masked: label.refresh };
 }

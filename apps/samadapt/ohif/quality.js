@@ -26,3 +26,14 @@ export function sliceButtons(title, slices) {
   );
   return element('div', { className: 'samadapt-row', role: 'group', 'aria-label': title }, `${title}: `, ...jumps);
 }
+
+/** Slices as people write them: "3–5, 9", by the numbers that OHIF shows. @param {number[]} slices k from 0 */
+export function slicesInWords(slices) {
+  const runs = [];
+  for (const number of slices.map(sliceNumber).sort((a, b) => a - b)) {
+    const last = runs[runs.length - 1];
+    if (last && last[1] === number - 1) last[1] = number;
+    else runs.push([number, number]);
+  }
+  return runs.map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`)).join(', ') || 'none';
+}

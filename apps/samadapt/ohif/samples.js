@@ -2,9 +2,9 @@
 
 import { button, element, field, section, setOptions } from './dom.js';
 import { clientId } from './client.js';
-import { hasUnsent } from './label.js';
 import { sliceButtons } from './quality.js';
 import { requestJson } from './server.js';
+import { hasUnsent } from './unsent.js';
 import * as viewer from './viewer.js';
 
 const STRATEGY = 'samadapt-strategy';

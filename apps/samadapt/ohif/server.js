@@ -7,9 +7,10 @@ const SLOW_MS = 4000;
 
 /** A refusal or a failure, with what to do about it. */
 export class ServerError extends Error {
-  constructor(what, remedy = '', status = 0) {
+  constructor(what, remedy = '', status = 0, where = '') {
     super([what, remedy].filter(Boolean).join(' — '));
     this.status = status;
+    this.where = where;
   }
 
   get away() {
@@ -57,5 +58,5 @@ async function refusal(response) {
   const detail = typeof body.detail === 'string' ? body.detail : body.detail && JSON.stringify(body.detail);
   const where = body.where ? ` (${body.where})` : '';
   const what = body.what ? `${body.what}${where}` : detail || `the server answers ${response.status}`;
-  return new ServerError(what, body.remedy || '', response.status);
+  return new ServerError(what, body.remedy || '', response.status, body.where || '');
 }

@@ -1,5 +1,7 @@
 // Everything that is OHIF's or cornerstone's: the series shown, its segmentation, tools and places.
 
+import { sameName } from './names.js';
+
 /** The bundled MONAI Label panel keeps its masks in the segmentation of this id. */
 export const SEGMENTATION = '1';
 
@@ -131,9 +133,16 @@ function isPlaceholder(segment) {
   return segment.label === `Segment ${segment.segmentIndex}`;
 }
 
+/** The value of the structure of this name, however it is written; null if there is none. */
+export function structureNamed(name) {
+  for (const [value, known] of structures()) if (sameName(known) === sameName(name)) return value;
+  return null;
+}
+
 /** The value of a structure; it is added if there is none of this name. */
 export function addStructure(name) {
-  for (const [value, known] of structures()) if (known === name) return value;
+  const there = structureNamed(name);
+  if (there !== null) return there;
   const own = segmentation();
   const value = firstFree(structures());
   services().segmentationService.addSegment(SEGMENTATION, { segmentIndex: value, label: name });
@@ -143,6 +152,13 @@ export function addStructure(name) {
   own.config.segments[value] = { segmentIndex: value, label: name, color };
   keepNames();
   return value;
+}
+
+/** Take a structure out of the list; its voxels, if it has any, become background. */
+export function removeStructure(value) {
+  held.names.delete(value);
+  delete segmentation().config?.segments?.[value];
+  services().segmentationService.removeSegment(SEGMENTATION, value);
 }
 
 function firstFree(taken) {
@@ -211,11 +227,11 @@ function volumeViewports() {
   return all.filter((viewport) => viewport.jumpToWorld && viewport.hasVolumeId?.(id));
 }
 
-/** Address of a series in the MONAI Label mode. */
+/** Address of a series in the MONAI Label mode, which shows a study's first series unless it is given no other. */
 export function addressOf(study, series) {
   const address = new URL(`${window.PUBLIC_URL || '/ohif/'}monai-label`, window.location.origin);
   address.searchParams.set('StudyInstanceUIDs', study);
-  address.searchParams.set('initialSeriesInstanceUID', series);
+  address.searchParams.set('SeriesInstanceUIDs', series);
   return address;
 }
 

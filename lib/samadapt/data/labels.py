@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ _FORMS = 'Give names in order: "spleen,liver", ["spleen", "liver"] or {"spleen":
 
 
 def same_name(name: str) -> str:
-    """The form in which names are compared: case and surplus white space do not count."""
-    return " ".join(name.split()).casefold()
+    """The form in which names are compared: case, surplus white space and the form of accents do not count."""
+    return unicodedata.normalize("NFC", " ".join(unicodedata.normalize("NFC", name).split()).casefold())
 
 
 def class_names(names: Iterable[str]) -> list[str]:

@@ -7,7 +7,9 @@ replaced atomically, and instead of a watcher the folder is looked at when someb
 
 from __future__ import annotations
 
+import functools
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -27,10 +29,10 @@ from filelock import FileLock
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from samadapt.data.coverage import UNSAID, Coverage, labelled_slices
+from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, labelled_slices
 from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
-from samadapt.errors import InputError, StateError
+from samadapt.errors import InputError, NotFoundError, StateError
 from samadapt.files import atomic_path, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg")
 _ENDINGS = tuple(pattern[1:] for pattern in EXTENSIONS)
 RAW = (".bin", ".bin.gz")
+BASED_ON, DRAWN = "based_on", "drawn"
+"""Of a label's ``info``: the version that its annotator began with (None: no label); the values that it shows."""
+
+_LONGEST_NAME = 64
 _ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
 _TAG = re.compile(r"\w[\w-]*")
 
@@ -128,6 +134,33 @@ def _told(info: dict[str, Any]) -> str:
     return f"{who}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(info.get('ts', 0))))}"
 
 
+def _check_people(info: dict[str, Any]) -> None:
+    """Names of people and programs are texts, or left out (MONAI Label's own client sends null)."""
+    for key in ("client_id", "author"):
+        if not isinstance(info.get(key), str | None):
+            article = "an" if key == "author" else "a"
+            raise InputError(f"{article} {key} is a text", where=key, remedy="Send one, or leave it out.")
+    if len(info.get("author") or "") > _LONGEST_NAME:
+        raise InputError(
+            f"an author's name has {_LONGEST_NAME} characters at most", where="author", remedy="Send a shorter one."
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, modified: int, size: int) -> str:
+    """Of a file's bytes; ``modified`` and ``size`` are there to make a changed file another entry."""
+    return sha256_of(path)
+
+
+def _version_name(file: Path, info: dict[str, Any]) -> str:
+    """A label's name among all that its image ever had; it keeps it when another label takes its place."""
+    moment = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(float(info.get("ts", 0))))
+    state = file.stat()
+    content = _digest(file, state.st_mtime_ns, state.st_size)
+    made = json.dumps([content, info.get("client_id"), info.get("author")])
+    return f"{moment}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+
+
 class Submission(NamedTuple):
     """A label as it was submitted.
 
@@ -137,6 +170,7 @@ class Submission(NamedTuple):
         coverage: what it covers, by its own word or by the settings.
         slices: how many slices are labelled, of how many.
         remarks: what else the annotator should know.
+        version: the stored label's name among its image's versions; None where it is no final label.
     """
 
     info: dict[str, Any]
@@ -144,13 +178,14 @@ class Submission(NamedTuple):
     coverage: Coverage
     slices: tuple[int, int]
     remarks: tuple[str, ...] = ()
+    version: str | None = None
 
 
 class Version(NamedTuple):
     """A label that counts, or once counted, for an image.
 
     Attributes:
-        name: of its file.
+        name: its own among the versions of the image; the same as long as the label is kept.
         path: of its file.
         info: what came with it.
         served: whether it is the one that counts.
@@ -161,10 +196,19 @@ class Version(NamedTuple):
     info: dict[str, Any]
     served: bool
 
+    def structures(self) -> list[str]:
+        """Names of the structures that are drawn; of labels of former days, those that it lists."""
+        entries = self.info.get("label_info")
+        values = values_from_label_info(entries) if entries else {}
+        drawn = self.info.get(DRAWN, list(values))
+        return list(dict.fromkeys(values[value] for value in sorted(values) if value in drawn))
+
     def to_dict(self) -> dict[str, Any]:
         """For HTTP replies."""
-        kept = {key: self.info.get(key) for key in ("client_id", "label_info", "source", "remarks")}
-        return {"name": self.name, "time": self.info.get("ts"), **kept, "served": self.served}
+        said = ("author", "client_id", "label_info", "source", "restored", "remarks")
+        kept = {key: self.info.get(key) for key in said}
+        structures = {"structures": self.structures()}
+        return {"name": self.name, "time": self.info.get("ts"), **kept, **structures, "served": self.served}
 
 
 class SafeDatastore(LocalDatastore):
@@ -278,6 +322,10 @@ class SafeDatastore(LocalDatastore):
         files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
         return [path for path in files if not path.name.startswith(".") and path.name.endswith(_ENDINGS)]
 
+    def knows_all_labels(self) -> bool:
+        """Whether ``json`` lists every label there is: a store elsewhere may not answer."""
+        return True
+
     def list_images(self) -> list[str]:
         self._look_again()
         return super().list_images()
@@ -383,17 +431,18 @@ class SafeDatastore(LocalDatastore):
             image_id: the image, by whatever name ``known_id`` takes; raw voxels are those of what is named.
             label_filename: an image file, or raw voxels (``.bin``, ``.bin.gz``; see ``raw_mask``).
             label_tag: "final" counts.
-            label_info: ``label_info`` and whatever else came with the label.
+            label_info: ``label_info`` and whatever else came with the label. With ``based_on`` (the name of a version,
+                or None for "there was no label") it only takes the place of that version.
 
         Raises:
             InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, none at all
                 for values that the label map does not have, or labelled slices or classes (see ``Coverage.from_info``)
                 that the image cannot have; nothing is stored then.
+            StateError: another label counts now than ``based_on`` says; nothing is stored then.
         """
         tag = check_tag(label_tag)
         info = dict(label_info or {})
-        if not isinstance(info.get("client_id"), str | None):  # MONAI Label's own client sends null
-            raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
+        _check_people(info)
         named, image_id = image_id, self.known_id(image_id)
         with self._as_image(named, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
@@ -405,7 +454,25 @@ class SafeDatastore(LocalDatastore):
     def _store_checked(self, image_id: str, file: str, tag: str, info: dict[str, Any], mask: np.ndarray) -> None:
         with self._exclusive:
             self._init_from_datastore_file()
+            if tag == DefaultLabelTag.FINAL and BASED_ON in info:
+                self._check_base(image_id, info[BASED_ON])
             self._write_label(image_id, file, tag, info)
+            if tag == DefaultLabelTag.FINAL and (stored := self._served(image_id)) is not None:
+                self._saved.submission = self.last_saved._replace(version=stored.name)
+
+    def _check_base(self, image_id: str, base: Any) -> None:
+        """Refuse to replace a label that its annotator does not know of."""
+        if not isinstance(base, str | None):
+            raise InputError(
+                "the label before it is named by a text", where=BASED_ON, remedy="Send a version's name, or null."
+            )
+        latest = self._served(image_id)
+        if latest is not None and latest.name != base:
+            raise StateError(
+                f"another label came meanwhile ({_told(latest.info)})",
+                where=BASED_ON,
+                remedy=f"Look at it first; to replace it (it is kept as a version), send {latest.name!r}.",
+            )
 
     @contextmanager
     def _as_image(self, name: str, file: str, info: dict[str, Any]) -> Iterator[str]:
@@ -445,10 +512,64 @@ class SafeDatastore(LocalDatastore):
             entry = json.loads(note.read_text(encoding="utf-8"))
             file = note.with_name(entry["file"])
             if file.is_file():
-                found.append(Version(entry["file"], file, entry["info"], served=False))
-        if (path := self.local_label(image_id)) is not None:
-            found.append(Version(path.name, path, self.get_label_info(image_id, DefaultLabelTag.FINAL), served=True))
+                found.append(Version(note.stem, file, entry["info"], served=False))
+        if (latest := self._served(image_id)) is not None:
+            found.append(latest)
         return sorted(found, key=lambda one: (one.served, one.info.get("ts", 0), one.name), reverse=True)
+
+    def _served(self, image_id: str) -> Version | None:
+        path = self.local_label(image_id)
+        if path is None or not path.is_file():
+            return None
+        info = self.get_label_info(image_id, DefaultLabelTag.FINAL)
+        return Version(_version_name(path, info), path, info, served=True)
+
+    def latest_label(self, image_id: str) -> Version | None:
+        """The label that counts; None where there is none.
+
+        Raises:
+            InputError: no such image.
+        """
+        return self._served(self.known_id(image_id))
+
+    def label_version(self, image_id: str, name: str) -> Version:
+        """One of ``label_versions``.
+
+        Raises:
+            InputError: no such image.
+            NotFoundError: no version of this name.
+        """
+        known = self.label_versions(self.known_id(image_id))
+        found = next((version for version in known if version.name == name), None)
+        if found is None:
+            raise NotFoundError(
+                f"the label has no version {name!r}",
+                where="version",
+                remedy="GET /samadapt/label/versions?image=... lists them.",
+            )
+        return found
+
+    def version_mask(self, image_id: str, version: Version) -> tuple[np.ndarray, Geometry]:
+        """A version's voxels (I,J,K) on the grid that ``image_id`` names, with that grid.
+
+        Raises:
+            InputError: a file that does not lie on the image's grid (another one has taken the image's place).
+        """
+        geometry = self.geometry_of(self.image_path(image_id))
+        return read_label(version.path, geometry), geometry
+
+    def restore_label(self, image_id: str, name: str, info: dict[str, Any]) -> str:
+        """Let an earlier version count again, as the newest; ``info`` says who wants that (see ``save_label``).
+
+        Raises:
+            InputError, NotFoundError, StateError: as ``label_version`` and ``save_label``.
+        """
+        version = self.label_version(image_id, name)
+        if version.served:
+            raise InputError("this version counts already", where="version", remedy="Choose an earlier one.")
+        kept = {key: version.info[key] for key in ("label_info", SLICES, CLASSES) if key in version.info}
+        again = {**kept, **info, "restored": name}
+        return self.save_label(self.known_id(image_id), str(version.path), DefaultLabelTag.FINAL.value, again)
 
     def _versions(self, image_id: str) -> Path:
         return Path(self._datastore.label_path(None)) / "versions" / image_id
@@ -462,10 +583,7 @@ class SafeDatastore(LocalDatastore):
             self._remark(f"the label before it ({_told(info)}) is kept as a version")
 
     def _keep(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
-        moment = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(float(info.get("ts", 0))))
-        digest = sha256_of(file)[:8]
-        name = f"{moment}-{digest}"
-        folder = self._versions(image_id)
+        name, folder = _version_name(file, info), self._versions(image_id)
         target = folder / f"{name}{self._to_id(file.name)[1]}"
         with atomic_path(target) as temporary:
             shutil.copyfile(file, temporary)
@@ -483,11 +601,12 @@ class SafeDatastore(LocalDatastore):
             mask = read_label(label_filename, geometry)
         except InputError as error:  # the file's own name is that of an upload, which says nothing to a person
             raise InputError(error.what, where=f"label of {image_id}", remedy=error.remedy) from None
-        info = label_info or {}
+        info = label_info
         values = values_from_label_info(info["label_info"]) if info.get("label_info") else None
         coverage, axis = Coverage.from_info(info).or_else(self.assumed), geometry.acquisition_axis
         slices = labelled_slices(coverage.left_out(mask, values, axis), mask.shape, axis)
         present = values_in(mask) - {0}
+        info[DRAWN] = sorted(present)
         self._saved.submission = Submission(info, present, coverage, slices)
         return mask
 

@@ -29,7 +29,7 @@ from samadapt.data.rtstruct import read_rtstruct
 from samadapt.data.volume import read_label, write_image, write_mask
 from samadapt.errors import InputError, NotFoundError, SamAdaptError, UnavailableError
 from samadapt.files import write_json
-from samadapt.server.datastore import SafeDatastore, author_of, in_order_of
+from samadapt.server.datastore import DRAWN, SafeDatastore, Version, author_of, in_order_of
 from samadapt.server.fetching import Fetching, Progress
 from samadapt.server.outbox import Outbox, outbox_folder
 from samadapt.server.pacs import LabelEntry, Pacs, SeriesEntry, check_uid, wanted_by_person
@@ -256,6 +256,28 @@ class SafeDicomDatastore(SafeDatastore):
             self.take_in(image)
         return str(LocalDatastore.get_label_uri(self, image, label_tag))
 
+    def latest_label(self, image_id: str) -> Version | None:
+        """As the base class's; labels that others have stored in the PACS are read first.
+
+        Raises:
+            NotFoundError: neither the PACS nor the cache has such a series.
+        """
+        check_uid(image_id, "image")
+        if image_id not in self.list_images():
+            raise NotFoundError(
+                f"there is no series {image_id}", where="image", remedy="GET /datastore/?output=all lists them."
+            )
+        self.take_in(image_id)
+        return super().latest_label(image_id)
+
+    def knows_all_labels(self) -> bool:
+        """Whether the PACS has told which labels it holds."""
+        try:
+            self._pacs.labels()
+        except UnavailableError:
+            return False
+        return True
+
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
         """Fetches every labelled series and label that is not here yet."""
         for image in self.get_labeled_images():
@@ -293,7 +315,7 @@ class SafeDicomDatastore(SafeDatastore):
         label = read(self._pacs.fetch_label(entry), grid)
         if not label.mask.any():
             raise InputError("nothing is drawn in it", where=entry.object)
-        info = {**_info_of(entry), "remarks": list(label.remarks)}
+        info = {**_info_of(entry), "remarks": list(label.remarks), DRAWN: sorted(values_in(label.mask) - {0})}
         claim = Claim.of(entry.own, info["ts"], _drawn(label.mask, label.values))
         with tempfile.TemporaryDirectory() as folder, self._exclusive:
             file = Path(folder) / f"{entry.image}.nii.gz"
@@ -339,6 +361,7 @@ class SafeDicomDatastore(SafeDatastore):
         return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def _store_checked(self, image_id: str, file: str, tag: str, info: dict[str, Any], mask: np.ndarray) -> None:
+        info.pop("source", None)  # with it, a label would count as another program's
         seg = self._seg_of(image_id, mask, info) if tag == FINAL else None
         if seg is None:
             super()._store_checked(image_id, file, tag, info, mask)

@@ -19,11 +19,11 @@ from samadapt.data.labels import (
     same_name,
     values_from_label_info,
 )
-from samadapt.errors import InputError
+from samadapt.errors import InputError, SamAdaptError
 from samadapt.files import write_json
 from samadapt.model import read_info
 from samadapt.project import Project
-from samadapt.server.datastore import SafeDatastore
+from samadapt.server.datastore import DRAWN, SafeDatastore
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ WRITE_DOWN = "to learn it, add it to --conf labels or labels.json, or leave both
 class LabelSource:
     """The label map of now. What a person has written down wins; otherwise names come from the submitted labels.
 
-    In this order: ``--conf labels``; ``labels.json`` in the studies folder; names of submitted labels in the order in
-    which they first appeared, kept in the project's folder so that no index ever moves; the published model's labels.
+    In this order: ``--conf labels``; ``labels.json`` in the studies folder; names of the structures that are drawn in
+    labels, in the order in which they first appeared, kept in the project's folder; the published model's labels.
 
     Args:
         configured: from ``--conf labels``.
@@ -64,35 +64,57 @@ class LabelSource:
         labels = self.current()
         return labels.to_dict() if labels else {}
 
-    def learn(self, names: Iterable[str]) -> None:
-        """Append names that are new, unless a person has written the label map down."""
+    def learn_from(self, datastore: SafeDatastore) -> None:
+        """Learn from every final label's ``label_info``, the oldest first, unless a person has written the names down.
+
+        A name that no label draws and the model in service does not know leaves the list; the others keep their order.
+        None leaves as long as a label without names is there (its values follow that order), or while some labels
+        cannot be seen.
+        """
         if self._configured or self._written.is_file():
             return
+        infos = _final_infos(datastore)
+        kept = not datastore.knows_all_labels() or any(not info.get("label_info") for info in infos)
         with self._learning:
-            self._append(names)
+            self._bring_up_to_date([name for info in infos for name in _drawn_names(info)], kept)
 
-    def _append(self, names: Iterable[str]) -> None:
-        known = self.current()
-        found = {same_name(name): name for name in (known.names if known else ())}
-        before = len(found)
-        for name in class_names(names):
-            found.setdefault(same_name(name), name)
-        if len(found) != before:
-            write_json(self._learned, list(found.values()))
+    def _bring_up_to_date(self, drawn: Iterable[str], keep_all: bool) -> None:
+        listed = self.current()
+        before = listed.names if listed else ()
+        learned = self._in_service()
+        used = {same_name(name) for name in (*drawn, *(learned or ()))}
+        kept = [name for name in before if keep_all or learned is None or same_name(name) in used]
+        now = class_names([*kept, *(learned or ()), *drawn])
+        if now and tuple(now) != before:
+            write_json(self._learned, now)
+        elif not now:
+            self._learned.unlink(missing_ok=True)
 
-    def learn_from(self, datastore: SafeDatastore) -> None:
-        """Learn from every final label's ``label_info``, the oldest first."""
-        labels = [entry["labels"].get(DefaultLabelTag.FINAL.value) for entry in datastore.json()["objects"].values()]
-        infos = [label["info"] for label in labels if label]
-        names: list[str] = []
-        for info in sorted(infos, key=lambda info: (info.get("ts", 0), info.get("name", ""))):
-            try:
-                values = values_from_label_info(info.get("label_info") or [])
-            except InputError as error:
-                logger.warning("the label names of %s are left out: %s", info.get("name"), error)
-                continue
-            names += [name for _, name in sorted(values.items())]
-        self.learn(names)
+    def _in_service(self) -> tuple[str, ...] | None:
+        """What the published model knows; None where its file cannot be read."""
+        published = self._project.published()
+        try:
+            return read_info(published).labels.names if published else ()
+        except SamAdaptError as error:
+            logger.warning("the labels of %s are unknown: %s", published, error)
+            return None
+
+
+def _final_infos(datastore: SafeDatastore) -> list[dict[str, Any]]:
+    """What came with each final label, the oldest first."""
+    labels = [entry["labels"].get(DefaultLabelTag.FINAL.value) for entry in datastore.json()["objects"].values()]
+    infos = [label["info"] for label in labels if label]
+    return sorted(infos, key=lambda info: (info.get("ts", 0), info.get("name", "")))
+
+
+def _drawn_names(info: Mapping[str, Any]) -> list[str]:
+    """Names of the values that a label shows, in their order; of labels of former days, all that it lists."""
+    try:
+        values = values_from_label_info(info.get("label_info") or [])
+    except InputError as error:
+        logger.warning("the label names of %s are left out: %s", info.get("name"), error)
+        return []
+    return [name for value, name in sorted(values.items()) if value in info.get(DRAWN, values)]
 
 
 def label_warnings(

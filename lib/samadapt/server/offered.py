@@ -18,7 +18,7 @@ from samadapt.data.geometry import Geometry, turn_to_series
 from samadapt.dicomweb import converted
 from samadapt.dicomweb.child import ADDRESS
 from samadapt.dicomweb.converted import Converted
-from samadapt.server.datastore import SafeDatastore, in_order_of
+from samadapt.server.datastore import SafeDatastore, Version, in_order_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,14 @@ class OfferedDatastore(SafeDatastore):
 
     def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
         return {"series_slices": self.in_series(image_id, numbers)} if self.series_of(image_id) else {}
+
+    def version_mask(self, image_id: str, version: Version) -> tuple[np.ndarray, Geometry]:
+        """As the base class's; on the grid of the series where that is named."""
+        mask, geometry = super().version_mask(image_id, version)
+        if not self.names_series(image_id):
+            return mask, geometry
+        turn = turn_to_series(geometry)
+        return turn.forward(mask), turn.turned
 
     # ---- changing
 
