@@ -148,7 +148,7 @@ def test_labels_of_others_count_with_their_names_and_the_latest_wins(pacs, tmp_p
 
     def put(name, day, turned):
         seg = write_seg(turned, {2: name, 5: "x"}, grid, images)
-        seg.ContentDate = day
+        seg.ContentDate, seg.Manufacturer = day, "another program"
         seg.save_as(tmp_path / "seg.dcm", write_like_original=False)
         pacs.upload([tmp_path / "seg.dcm"])
 
