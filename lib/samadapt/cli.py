@@ -255,7 +255,7 @@ def synthesize(
         with contact_sheet.training_slices(cases, label_map, config, project, show) as prepared:
             missing = contact_sheet.missing_classes(prepared, label_map)
             choose = partial(random_exemplars, seed=seed) if blind else choose_exemplars
-            bank = SyntheticSlices(prepared, seed, choose, RANGES[kind])
+            bank = SyntheticSlices(prepared, seed, choose, RANGES[kind], config.synthetic_share)
             areas = contact_sheet.draw(bank, label_map, count, output)
         exemplars = [{"case": case.id, "slice": index} for case, index in bank.exemplars]
         value = {
@@ -563,6 +563,7 @@ def compare(
         settings,
     )
     with terminal(as_json=as_json) as out:
+        out.note(f"Results go to {output}. Stop whenever you like: the same call goes on.")
         with out.bar("drawing the cases") as update:
             report = comparing.compare(
                 comparison,
@@ -570,14 +571,22 @@ def compare(
                 lambda text, done, total: update(description=text, completed=done, total=total),
             )
         rows = [
-            [row.recipe, str(row.labelled), figure(row.scores.dice.mean), figure(row.scores.hd95.mean, 1)]
+            [
+                row.recipe,
+                str(row.labelled),
+                f"{row.steps:g}",
+                figure(row.scores.dice.mean),
+                figure(row.scores.hd95.mean, 1),
+                str(row.scores.missed),
+            ]
             for row in report.rows
         ]
-        shown = table(f"Means of {test} test cases", ["recipe", "labelled", "Dice", "HD95 mm"], rows)
+        columns = ["recipe", "labelled", "steps", "Dice", "HD95 mm", "missed"]
+        shown = table(f"Means of {test} test cases", columns, rows)
         failures = [
             f"failed: {f['recipe']}, {f['labelled']} labelled, seed {f['seed']}: {f['why']}" for f in report.failed
         ]
-        out.result(report, shown, "\n".join([str(report.page), *failures]))
+        out.result(report, shown, "\n".join([str(report.page), *report.remarks, *failures]))
     if report.failed:
         raise typer.Exit(1)
 

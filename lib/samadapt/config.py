@@ -174,6 +174,14 @@ class AppConfig:
             _unless("auto", _one_of(lambda: SYNTHESES)),
         ),
     )
+    synthetic_share: float | None = field(
+        default=None,
+        metadata=_about(
+            "share of synthetic slices among those that a training draws, 0.05 to 0.95; 'auto': 0.8 with one case, "
+            "falling to 0.5 with five",
+            _unless("auto", _number(0.05, 0.95, float)),
+        ),
+    )
     form: str = field(
         default="own",
         metadata=_about("'own', or 'reference': a paper's recipe as its published code has it", _one_of(lambda: FORMS)),

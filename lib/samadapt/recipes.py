@@ -64,6 +64,8 @@ class Recipe:
         prompt_weight: weight of the prompted loss beside the class loss, where the head takes points and boxes.
         synthesis: "exemplar" or "lesions": it learns from ``samadapt.training.synthetic`` slices beside the real ones;
             or "none".
+        synthetic_share: of its draws that are synthetic, 0..1; None: by the number of cases, see
+            ``samadapt.training.synthetic.synthetic_share``.
         seed: of all randomness.
     """
 
@@ -84,6 +86,7 @@ class Recipe:
     copies: int = 8
     prompt_weight: float = 0.3
     synthesis: str = "none"
+    synthetic_share: float | None = None
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -303,6 +306,14 @@ def configured(config: AppConfig) -> Recipe:
         recipe = replace(recipe, seed=config.seed)
     if config.synthesis is not None:
         recipe = replace(recipe, synthesis=config.synthesis)
+    if config.synthetic_share is not None:
+        if recipe.synthesis == "none":
+            raise ConfigError(
+                f"the recipe {recipe.name} makes no synthetic slices",
+                where="synthetic_share",
+                remedy="Set synthesis to exemplar or lesions, too.",
+            )
+        recipe = replace(recipe, synthetic_share=config.synthetic_share)
     if config.blocks is not None:
         if not hasattr(recipe.adapter, "blocks"):
             raise ConfigError(

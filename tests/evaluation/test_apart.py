@@ -1,9 +1,12 @@
 import os
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from samadapt.evaluation.apart import run_apart
+from samadapt.evaluation.apart import LIBRARY, run_apart
 
 
 def python(code):
@@ -42,3 +45,38 @@ def test_an_interruption_ends_the_program(tmp_path):
         run_apart(python(code), tmp_path / "log", interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_job_ends_with_the_one_it_is_done_for(tmp_path):
+    """Killed outright, so that it cannot say so: a second call must not find the first one's job in its folder."""
+    (tmp_path / "endless.py").write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from samadapt.evaluation.apart import job_main\n"
+        "folder = Path(sys.argv[1])\n"
+        "(folder / 'pid').write_text(str(os.getpid()))\n"
+        "job_main(folder, lambda job: time.sleep(120))\n"
+    )
+    start = "import sys; from pathlib import Path; from samadapt.evaluation.apart import run_job; "
+    start += f"run_job('endless', {{}}, Path({str(tmp_path)!r}), int)"
+    paths = os.pathsep.join([str(LIBRARY), str(tmp_path)])
+    caller = subprocess.Popen(python(start), env={**os.environ, "PYTHONPATH": paths})
+    job = int(until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
+    caller.kill()
+    caller.wait()
+    until(lambda: gone(job))
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -180,6 +180,18 @@ def test_the_summary_means_classes_and_seeds_then_cases(studies, tmp_path):
     assert math.isnan(one.by_class[ODD.names[1]].hd95.mean)
 
 
+def test_too_few_steps_to_judge_by_are_told(studies, tmp_path):
+    def long_enough(job, folder, tell):
+        return {**Runs()(job, folder, tell), "steps": 2 if (job.recipe, len(job.training)) == ("unet", 3) else 500}
+
+    report = compare(comparison(studies), tmp_path / "out", silent, long_enough)
+    (remark,) = report.remarks
+    assert "unet with 3 (2)" in remark
+    assert "lora" not in remark
+    assert remark.split(":")[0] in report.page.read_text()
+    assert compare(comparison(studies, recipes=("lora",)), tmp_path / "lora", silent, long_enough).remarks == []
+
+
 class Outside(HTMLParser):
     """Notes everything that a browser would fetch or run, and every text."""
 

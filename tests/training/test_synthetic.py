@@ -158,6 +158,23 @@ def test_the_share_is_kept_over_many_draws(prepared, count):
     assert len(set(synthetic(draws))) == BANK
 
 
+def test_the_share_can_be_set(studies, tiny_backbone):
+    result = train(find_cases(studies), LABELS, config(synthesis="exemplar", synthetic_share="0.25"), Project(studies))
+    assert read_info(result.model).recipe.synthetic_share == 0.25
+
+
+def test_a_set_share_is_kept_over_many_draws(prepared):
+    bank = SyntheticSlices(prepared, seed=0, share=0.25)
+    draws = [draw for number in range(1000) for draw in sampler(prepared, bank).draws(number)]
+    assert len(synthetic(draws)) / len(draws) == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("values", [{"recipe": "samed"}, {"recipe": "cheap_lunch", "synthesis": "none"}], ids=str)
+def test_a_share_of_nothing_is_refused(values):
+    with pytest.raises(ConfigError, match="synthesis"):
+        recipes.configured(AppConfig.from_strings({**values, "synthetic_share": "0.5"}))
+
+
 def test_batches_with_synthetic_slices_depend_on_seed_and_number_alone(prepared):
     first, second = (sampler(prepared, SyntheticSlices(prepared, seed=0)) for _ in range(2))
     first.batch(0)

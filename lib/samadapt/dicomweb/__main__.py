@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import uvicorn
 from tqdm import tqdm
 
 from samadapt.dicomweb.app import ROOT, Archive, ConvertedArchive, application
+from samadapt.orphans import when_orphaned
 
 logger = logging.getLogger("samadapt.dicomweb")
 
@@ -42,7 +41,7 @@ def main() -> None:
     config = uvicorn.Config(application(archive), log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     if arguments.parent:
-        threading.Thread(target=_end_with, args=(arguments.parent, server), daemon=True).start()
+        when_orphaned(arguments.parent, lambda: setattr(server, "should_exit", True))
     print(f"http://{HOST}:{listening.getsockname()[1]}{ROOT}", flush=True)
     server.run(sockets=[listening])
 
@@ -54,12 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--port", type=int, default=0, help="default: any free one; the address is printed")
     made.add_argument("--parent", type=int, help="end when this process, which has started this one, has ended")
     return made
-
-
-def _end_with(parent: int, server: uvicorn.Server) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    server.should_exit = True
 
 
 def _progress(unit: str) -> Callable[[int, int], None]:

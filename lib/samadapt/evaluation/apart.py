@@ -17,11 +17,18 @@ from typing import Any
 from samadapt.errors import SamAdaptError
 from samadapt.files import write_json
 from samadapt.memory import keep_freed_memory
+from samadapt.orphans import when_orphaned
 from samadapt.terminal import plain
 
 JOB, RESULT, LOG = "job.json", "result.json", "log.txt"
 LIBRARY = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.2
+
+PARENT = "SAMADAPT_PARENT"
+"""Environment variable: id of the process for which a job is done."""
+
+ORPHANED = 75
+"""Exit status (EX_TEMPFAIL) of a job that nobody waits for any more."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def run_apart(
 
 
 def run_job(module: str, job: Mapping[str, Any], folder: Path, watch: Callable[[], object]) -> dict[str, Any]:
-    """Do a job by ``python -m MODULE FOLDER``, a program that calls ``job_main``.
+    """Do a job by ``python -m MODULE FOLDER``, a program that calls ``job_main``. It ends when this process ends.
 
     Args:
         module: name of the program.
@@ -93,7 +100,7 @@ def run_job(module: str, job: Mapping[str, Any], folder: Path, watch: Callable[[
     write_json(folder / JOB, job)
     (folder / RESULT).unlink(missing_ok=True)
     paths = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), PARENT: str(os.getpid())}
     ended = run_apart([sys.executable, "-m", module, str(folder)], folder / LOG, watch, environment)
     if (folder / RESULT).is_file():
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -110,6 +117,8 @@ def job_main(folder: Path, execute: Callable[[dict[str, Any]], dict[str, Any]]) 
         execute: the job -> the result. What it raises is the reason why there is none.
     """
     keep_freed_memory()
+    # Who starts the same work again would have two processes in one folder.
+    when_orphaned(int(os.environ.get(PARENT, os.getppid())), lambda: os._exit(ORPHANED))
     try:
         job = json.loads((folder / JOB).read_text(encoding="utf-8"))
         write_json(folder / RESULT, plain(execute(job)))

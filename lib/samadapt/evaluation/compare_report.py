@@ -31,6 +31,9 @@ from samadapt.files import atomic_path
 from samadapt.terminal import figure as number
 from samadapt.training.loop import ROUNDS
 
+FEW_STEPS = 60
+"""With fewer optimiser steps a recipe has hardly left its warm-up, and a comparison says who starts quickest."""
+
 PAGE, SHEET = "report.html", "results.csv"
 
 DICE_RANGE = (-0.02, 1.02)
@@ -111,12 +114,14 @@ class Report:
         sheet: the CSV file.
         rows: the summary, one for each recipe and number of labelled cases.
         failed: the runs without a result: ``recipe``, ``labelled``, ``seed`` and ``why``.
+        remarks: what people should know before they believe the figures.
     """
 
     page: Path
     sheet: Path
     rows: list[Row]
     failed: list[dict[str, Any]]
+    remarks: list[str]
 
 
 def write(value: Mapping[str, Any], output: Path) -> Report:
@@ -142,7 +147,17 @@ def write(value: Mapping[str, Any], output: Path) -> Report:
         writer.writerows(_sheet_rows(finished))
     with atomic_path(report) as temporary:
         temporary.write_text(_page(value, finished, failed, rows, labels, output), encoding="utf-8")
-    return Report(report, sheet, rows, failed)
+    return Report(report, sheet, rows, failed, _remarks(rows))
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    few = [f"{row.recipe} with {row.labelled} ({row.steps:g})" for row in rows if row.steps < FEW_STEPS]
+    if not few:
+        return []
+    return [
+        f"Fewer than {FEW_STEPS} optimiser steps, too few to judge by: {', '.join(few)}. Give more --minutes, or count "
+        "steps: --conf max_steps with ample --minutes."
+    ]
 
 
 def summarise(finished: Sequence[Record], labels: LabelMap) -> list[Row]:
@@ -216,6 +231,7 @@ def _page(
         comparison=comparison,
         labels=[(name, to_hex(colour(index))) for index, name in enumerate(labels.names, start=1)],
         rows=rows,
+        remarks=_remarks(rows),
         failed=failed,
         charts=charts,
         overlays=_overlays(finished, labels, comparison["studies"], output) if finished else [],

@@ -466,7 +466,7 @@ def refuse_empty(training: Sequence[PreparedCase], labels: LabelMap) -> None:
 
 def _synthetic(training: Sequence[PreparedCase], recipe: Recipe) -> SyntheticSlices | None:
     ranges = RANGES.get(recipe.synthesis)
-    return SyntheticSlices(training, recipe.seed, ranges=ranges) if ranges else None
+    return SyntheticSlices(training, recipe.seed, ranges=ranges, share=recipe.synthetic_share) if ranges else None
 
 
 def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:

@@ -43,6 +43,7 @@ class SyntheticSlices:
         seed: of all draws.
         choose: labelled slices -> positions of the exemplars among them.
         ranges: of what is drawn for each structure.
+        share: see Attributes; None takes ``synthetic_share``.
 
     Attributes:
         key: changes with everything that the samples depend on.
@@ -59,6 +60,7 @@ class SyntheticSlices:
         seed: int,
         choose: Choice = choose_exemplars,
         ranges: Synthesis = ORGANS,
+        share: float | None = None,
     ) -> None:
         self._seed = seed
         self._ranges = ranges
@@ -67,7 +69,7 @@ class SyntheticSlices:
         labelled = [LabelledSlice(case, areas) for (case, _), areas in shown.items()]
         self.exemplars = [sources[n] for n in choose(labelled)]
         self.backgrounds, self.remark = _backgrounds(cases, shown, seed)
-        self.share = synthetic_share(len({case.id for case in cases}))
+        self.share = synthetic_share(len({case.id for case in cases})) if share is None else share
         self.key = self.view_key = self._digest()
 
     def __len__(self) -> int:
