@@ -212,6 +212,15 @@ def test_an_author_is_a_short_text(studies, author):
     assert answer.json()["where"] == "author"
 
 
+def test_a_label_that_no_viewer_can_show_says_so(studies):
+    mask = studies.mask().astype("<u2") * 100
+    assert studies.submit(mask, label_info=[{"name": "liver", "idx": 200}, {"name": "our own", "idx": 500}]).ok
+    answer = studies.get("/mask")
+    assert answer.status_code == 400
+    assert "above 255" in answer.json()["what"]
+    assert studies.label()["structures"] == ["liver", "our own"]
+
+
 def test_names_that_are_not_drawn_anywhere_leave_the_list(studies):
     mask = studies.mask()
     renamed = [{"name": "lever", "idx": 2}, {"name": "our own", "idx": 5}]

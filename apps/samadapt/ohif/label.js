@@ -132,6 +132,7 @@ async function submit(status, scope, stored) {
 
 /** Put a label in the place of the version `replaced`; where another one counts, ask the person what to do. */
 async function place(label, replaced, status, scope, stored) {
+  readyMask(); // while somebody decides, OHIF may have come to show another series
   status.say('The label is on its way …');
   let reply;
   try {
@@ -145,7 +146,7 @@ async function place(label, replaced, status, scope, stored) {
   standOn(reply.version, label.slices, label.mask);
   scope.refresh();
   status.say(['The label is safe.', ...(reply.warnings || []).map((words) => `${capital(words)}.`)].join(' '));
-  await stored.submitted();
+  await stored.submitted().catch(console.warn); // the label is safe; only the words about it are old
 }
 
 function readyMask() {

@@ -47,7 +47,12 @@ export function storedLabel(status, changed) {
 
   const listVersions = async (label) => {
     const known = label ? (await requestJson(address('/versions'), { quiet: true })).versions : [];
-    view.list(known, (version) => restore(version, label.name).catch(status.fail));
+    view.list(known, (version) => restore(version, label.name).catch(refused));
+  };
+
+  const refused = (error) => {
+    status.fail(error);
+    return refresh().catch(console.warn);
   };
 
   const restore = async (version, counting) => {
@@ -143,9 +148,9 @@ function openShown() {
 }
 
 function contents(label) {
-  if (!label.structures.length) return 'nothing is drawn';
+  if (!label.slices.length) return 'nothing is drawn';
   const partly = label.labelled_slices === 'all' ? '' : `; slices ${slicesInWords(label.labelled_slices)} count as labelled`;
-  return `${label.structures.join(', ')} in slices ${slicesInWords(label.slices)}${partly}`;
+  return `${label.structures.join(', ') || 'nameless structures'} in slices ${slicesInWords(label.slices)}${partly}`;
 }
 
 function row(version, restore) {
@@ -155,7 +160,7 @@ function row(version, restore) {
     'tr',
     {},
     element('th', { scope: 'row', textContent: made }),
-    element('td', { textContent: version.structures.join(', ') || 'nothing is drawn' }),
+    element('td', { textContent: version.structures.join(', ') || 'nothing that has a name' }),
     element('td', {}, version.served ? 'counts' : again)
   );
 }

@@ -43,14 +43,20 @@ export function standOn(version, slices, mask) {
   aside = null;
 }
 
-/** A model's mask has taken the place of everything: none of its slices is somebody's work any more. */
+/** A model's mask has taken the place of everything. */
 export function standOnModel(mask) {
-  if (bases.has(series())) bases.get(series()).slices = [];
+  forgetCovered();
   startFrom(mask);
+}
+
+/** None of the stored label's slices is in the mask any more as somebody has labelled it. */
+function forgetCovered() {
+  if (bases.has(series())) bases.get(series()).slices = [];
 }
 
 /** A model's mask has come by the bundled panel: what was changed by hand before still counts as that. */
 export function mindModel() {
+  forgetCovered();
   takeModelMask(viewer.voxels(), viewer.maskVolume().dimensions);
 }
 

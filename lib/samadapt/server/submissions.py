@@ -124,7 +124,8 @@ def _mask_file(app: MONAILabelApp, image: str, version: Version) -> bytes:
         )
     entries, known = version.info.get("label_info"), app.label_source.indices()
     values = values_from_label_info(entries) if entries else {value: name for name, value in known.items()}
-    names = {value: name for value, name in values.items() if value in values_in(voxels)}
+    present = values_in(voxels)
+    names = {value: name for value, name in values.items() if value in present}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "label.nrrd"
         write_mask(path, voxels.astype(np.uint8), grid, names=names, compress=False)
