@@ -34,24 +34,55 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Orthanc:
-    """Debian's Orthanc with its DICOMweb plugin; what it stores lies in a temporary folder and goes with it."""
+class BackEnd:
+    """A server in a process of its own; what it stores lies in a temporary folder, unless it is given one."""
 
-    name = "orthanc"
+    name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.port = free_port()
         self.root = f"http://127.0.0.1:{self.port}"
         self.url = f"{self.root}/dicom-web"
-        self._folder: Path | None = None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
+        self._own = folder is None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, seconds: float = 60) -> Orthanc:
-        self._folder = Path(tempfile.mkdtemp(prefix="orthanc-"))
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def start(self, seconds: float = 60) -> BackEnd:
+        """Begin, or go on after ``pause`` with what was stored, at the same address."""
+        log = Path(f"{self.folder}.log")
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "lib")}
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(self.command(), stdout=output, stderr=output, env=environment)
+        wait_for(f"{self.url}/studies", self._process, seconds, log)
+        return self
+
+    def pause(self) -> None:
+        """Be away, and keep what is stored."""
+        end(self._process)
+
+    def stop(self) -> None:
+        end(self._process)
+        Path(f"{self.folder}.log").unlink(missing_ok=True)
+        if self._own:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def upload(self, files: Path | Iterable[Path]) -> int:
+        return store(self.url, files)
+
+
+class Orthanc(BackEnd):
+    """Debian's Orthanc with its DICOMweb plugin."""
+
+    name = "orthanc"
+
+    def command(self) -> list[str]:
         settings = {
             "Name": "samadapt-tests",
-            "StorageDirectory": str(self._folder / "storage"),
-            "IndexDirectory": str(self._folder / "storage"),
+            "StorageDirectory": str(self.folder / "storage"),
+            "IndexDirectory": str(self.folder / "storage"),
             "HttpPort": self.port,
             "DicomServerEnabled": False,
             "RemoteAccessAllowed": False,
@@ -64,64 +95,30 @@ class Orthanc:
                 "SeriesMetadata": "Full",
             },
         }
-        written = self._folder / "orthanc.json"
+        written = self.folder / "orthanc.json"
         written.write_text(json.dumps(settings))
-        log = self._folder / "orthanc.log"
-        with open(log, "wb") as output:
-            self._process = subprocess.Popen([str(ORTHANC), str(written)], stdout=output, stderr=output)
-        wait_for(f"{self.url}/studies", self._process, seconds, log)
-        return self
-
-    def stop(self) -> None:
-        end(self._process)
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def upload(self, files: Path | Iterable[Path]) -> int:
-        return store(self.url, files)
+        return [str(ORTHANC), str(written)]
 
 
-class Embedded:
-    """``python -m samadapt.dicomweb``, over an empty temporary folder or a given one that stays."""
+class Embedded(BackEnd):
+    """``python -m samadapt.dicomweb``."""
 
     name = "embedded"
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.url = ""
-        self.folder = folder
-        self._own: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+    def command(self) -> list[str]:
+        words = [sys.executable, "-m", "samadapt.dicomweb", str(self.folder)]
+        return [*words, "--port", str(self.port), "--parent", str(os.getpid())]
 
-    def start(self, seconds: float = 60) -> Embedded:
-        """Until the folder is indexed."""
-        if self.folder is None:
-            self.folder = self._own = Path(tempfile.mkdtemp(prefix="embedded-"))
-        words = [sys.executable, "-m", "samadapt.dicomweb", str(self.folder), "--parent", str(os.getpid())]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "lib")}
-        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment)
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().decode().strip()
-        if not self.url:
-            end(self._process)
-            raise RuntimeError("the embedded DICOMweb server did not start")
+    def start(self, seconds: float = 60) -> BackEnd:
+        """As the base class's, until the folder is indexed."""
+        super().start(seconds)
         deadline = time.monotonic() + seconds
         while self.status()["indexing"] and time.monotonic() < deadline:
             time.sleep(0.05)
         return self
 
     def status(self) -> dict[str, Any]:
-        return requests.get(f"{self.url.removesuffix('/dicom-web')}/status", timeout=10).json()
-
-    def stop(self) -> None:
-        end(self._process)
-        if self._own:
-            shutil.rmtree(self._own, ignore_errors=True)
-
-    def upload(self, files: Path | Iterable[Path]) -> int:
-        return store(self.url, files)
-
-
-PACS = Orthanc | Embedded
+        return requests.get(f"{self.root}/status", timeout=10).json()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float, log: Path) -> None:
@@ -166,7 +163,7 @@ def _is_dicom(path: Path) -> bool:
         return handle.read(132)[128:] == b"DICM"
 
 
-def make(name: str) -> PACS:
+def make(name: str) -> BackEnd:
     """The back end of that name, not started yet; a test is skipped where it is not installed."""
     if name == "orthanc":
         if ORTHANC is None or not PLUGIN.exists():
@@ -181,7 +178,7 @@ MARKS = {"orthanc": [pytest.mark.requires_pacs]}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in BACK_ENDS])
-def pacs(request: pytest.FixtureRequest) -> Iterator[PACS]:
+def pacs(request: pytest.FixtureRequest) -> Iterator[BackEnd]:
     """An empty PACS that runs, one for each back end: ``from pacs import pacs`` in a test module takes it."""
     running = make(request.param).start()
     yield running
@@ -189,7 +186,7 @@ def pacs(request: pytest.FixtureRequest) -> Iterator[PACS]:
 
 
 @pytest.fixture
-def orthanc() -> Iterator[Orthanc]:
+def orthanc() -> Iterator[BackEnd]:
     """An empty Orthanc that runs; tests that take it carry the marker ``requires_pacs``."""
     running = make("orthanc").start()
     yield running

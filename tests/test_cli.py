@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
+from make_dicom import write_rtstruct, write_stack
 from samadapt import cli
+from samadapt.dicomweb.child import Child
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,14 +128,36 @@ def test_serve_becomes_the_server(run, tmp_path, monkeypatch):
         started.append((studies, host, port, conf, variables))
         raise SystemExit(0)
 
-    monkeypatch.setattr("samadapt.dicomweb.child.start", lambda folder, *options: "http://127.0.0.1:1/dicom-web")
+    served = Child("http://127.0.0.1:1/dicom-web", 7, ("python", "-m", "samadapt.dicomweb"))
+    monkeypatch.setattr("samadapt.dicomweb.child.start", lambda folder, *options: served)
     monkeypatch.setattr("samadapt.server.launch.run", become)
     monkeypatch.setattr("samadapt.server.launch.require_free", lambda host, port: None)
     code, out, _ = run("serve", "--studies", tmp_path, "--conf", "labels=a,b")
     assert code == 0
-    variables = {"SAMADAPT_DICOMWEB": "http://127.0.0.1:1/dicom-web"}
+    variables = {"SAMADAPT_DICOMWEB": "http://127.0.0.1:1/dicom-web", **served.variables()}
     assert started == [(str(tmp_path), "127.0.0.1", 8000, {"labels": "a,b"}, variables)]
     assert "http://127.0.0.1:8000" in out
+
+
+def test_loose_dicom_files_are_told_where_they_belong(run, tmp_path):
+    write_stack(tmp_path / "studies", np.zeros((3, 4, 4), np.int16), [(0, 0, z) for z in range(3)])
+    code, _, err = run("train", tmp_path / "studies")
+    assert code == 2
+    assert "DIR/<case>/*.dcm" in err
+    assert "samadapt serve" in err
+
+
+def test_several_series_in_a_case_s_folder_are_named_with_what_to_do(run, tmp_path):
+    case = tmp_path / "studies" / "case"
+    for title in ("thorax", "abdomen"):
+        write_stack(case / title, np.zeros((3, 4, 4), np.int16), [(0, 0, z) for z in range(3)], SeriesDescription=title)
+    write_rtstruct(case / "structures.dcm")
+    code, _, err = run("train", tmp_path / "studies", "--conf", "labels=a")
+    told = " ".join(err.split())
+    assert code == 2
+    assert "2 DICOM series in one folder" in told
+    assert "'thorax'" in told
+    assert "Put each series into its own folder" in told
 
 
 def test_unexpected_errors_show_no_traceback(run, tmp_path, monkeypatch):

@@ -4,15 +4,22 @@ import json
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 from make_dicom import write_stack
+from phantoms import KINDS
+from phantoms import write_phantom as write_series
 from samadapt import doctor
 from samadapt.config import AppConfig
 from samadapt.data.cases import find_cases
+from samadapt.data.dicom import series_grid
+from samadapt.data.dicom_seg import write_seg
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
+from samadapt.dicomweb.child import store_folder
 from samadapt.project import Project
+from samadapt.server.outbox import outbox_folder
 from samadapt.training import train
 from tiny import write_phantom, write_studies
 
@@ -215,3 +222,17 @@ def test_dicom_files_that_are_not_served_are_named(tmp_path):
     found = [check for check in doctor._left_out(tmp_path / "studies") if check.status == "warning"]
     assert [str(files[0]) in found[0].what, "the same instance" in found[1].what] == [True, True]
     assert "z_again.dcm" in found[1].what
+
+
+def test_labels_that_the_pacs_has_yet_to_get_are_named(tmp_path):
+    folder = write_series(tmp_path / "studies" / "series", KINDS["axial"])
+    images = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
+    grid = series_grid(images, "here")
+    seg = write_seg(np.ones(grid.geometry.shape, np.uint8), {1: "liver"}, grid, images, "ann")
+    outbox = outbox_folder(store_folder(tmp_path / "studies"))
+    outbox.mkdir(parents=True)
+    seg.save_as(outbox / f"{seg.SOPInstanceUID}.dcm", write_like_original=False)
+    found = look(tmp_path / "studies")["PACS"]
+    assert found.status == "warning"
+    assert grid.series in found.what
+    assert "ann" in found.what

@@ -79,6 +79,7 @@ class SamAdaptApp(MONAILabelApp):
         self.label_source.learn_from(datastore)
         datastore.geometry_of = self.models.geometry
         datastore.assumed = self.settings.coverage
+        datastore.known_labels = self.label_source.current
         self.outlook = Outlook(self.settings, self.project, self.models, self.datastore)
         self.ahead = AheadOfNeed(
             self.models,
@@ -132,9 +133,11 @@ class SamAdaptApp(MONAILabelApp):
             if self.settings.embed_ahead:
                 self.ahead.start()
             self.auto_train.watch()
+            self.datastore().begin()
 
     def info(self):
-        return {**super().info(), "embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}
+        own = {"embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}
+        return {**super().info(), **own, "not_in_pacs": self.datastore().not_in_pacs()}
 
     def next_sample(self, request):
         """As the base class's; the image that it names is encoded while the viewer loads it."""
@@ -142,10 +145,7 @@ class SamAdaptApp(MONAILabelApp):
         if not sample:
             return sample
         self.ahead.first(sample["id"])
-        store = self.datastore()
-        if isinstance(store, OfferedDatastore) and store.series_of(sample["id"]):
-            sample["series_slices"] = store.in_series(sample["id"], sample["slices"])
-        return sample
+        return {**sample, **self.datastore().in_viewer(sample["id"], sample["slices"])}
 
     def infer(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
         """As the base class's, except that no path from outside is opened: an image is an id or an upload."""

@@ -162,8 +162,9 @@ def serve(
 
         folder = Path(studies)
         if launch.needs_dicomweb(folder):
-            address = studies = child.start(folder)
-            variables = child.host_environment(folder, studies)
+            served = child.start(folder)
+            address = studies = served.address
+            variables = {**child.host_environment(folder, address), **served.variables()}
         else:
             variables = child.start_for_volumes(folder)
             address = variables[child.ADDRESS]
@@ -700,9 +701,16 @@ def _settings(conf: Iterable[str] | None) -> dict[str, str]:
 
 def _open(studies: Path) -> tuple[list[Case], Project]:
     from samadapt.data.cases import find_cases
+    from samadapt.data.dicom import is_dicom
     from samadapt.project import Project
 
     cases = find_cases(studies)
+    if not cases and any(is_dicom(path) for path in studies.iterdir()):
+        raise InputError(
+            "DICOM files lie loose in this folder, where each case has a folder of its own",
+            where=studies,
+            remedy="Put each series into a folder: DIR/<case>/*.dcm. `samadapt serve` takes them as they lie.",
+        )
     if not cases:
         raise InputError("no image found", where=studies, remedy="Name the folder that holds the images.")
     return cases, Project(studies)

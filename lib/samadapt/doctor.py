@@ -186,6 +186,7 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
         yield Check("studies", "problem", f"no image in {studies}", f"Put images there: {formats}.")
         return
     yield from _left_out(studies)
+    yield from _not_in_pacs(studies)
     labelled = sum(case.label is not None for case in cases)
     yield Check("studies", "ok", f"{len(cases)} images, {labelled} labelled, in {studies}")
     if not os.access(studies, os.W_OK):
@@ -208,11 +209,22 @@ def _left_out(studies: Path) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         index = Index([studies], Path(folder) / "index.sqlite")
         index.update()
-        problems = index.problems()
+        problems = {**index.problems(), **index.conflicts()}
     for path, reason in list(problems.items())[:LEFT_OUT_SHOWN]:
         yield Check("DICOM", "warning", f"{path}: {reason}", "It is not served: export it again, or take it out.")
     if (more := len(problems) - LEFT_OUT_SHOWN) > 0:
         yield Check("DICOM", "warning", f"{more} more files", "`samadapt serve` names each in its log.")
+
+
+def _not_in_pacs(studies: Path) -> Iterator[Check]:
+    """Labels that count here, and that the DICOMweb server has not got yet."""
+    from samadapt.dicomweb.child import store_folder
+    from samadapt.server.outbox import outbox_folder, waiting_in
+
+    for store in (studies, store_folder(studies)):
+        for one in waiting_in(outbox_folder(store)):
+            what = f"the label of {one.image} by {one.author or 'somebody unnamed'}, {one.time}, is not in the PACS yet"
+            yield Check("PACS", "warning", what, "It counts here; a running server goes on sending it.")
 
 
 def _records(studies: Path) -> Iterator[Check]:

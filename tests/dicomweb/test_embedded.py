@@ -96,6 +96,54 @@ def test_what_cannot_be_used_is_left_out_and_named(folder):
     assert str(files(folder)[0]) in named["z copy.dcm"]
 
 
+def test_files_that_are_no_dicom_are_counted_and_the_first_named(folder):
+    for n in range(7):
+        (folder / f"note {n}.txt").write_text("hello")
+    (folder / ".hidden").write_text("hello")
+    archive = indexed(folder)
+    told = archive.status()["not_dicom"]
+    assert told == {"files": 7, "first": [str(folder / f"note {n}.txt") for n in range(5)]}
+    (folder / "note 0.txt").unlink()
+    archive.look()
+    assert archive.status()["not_dicom"]["files"] == 6
+
+
+def edited(source, target, **tags):
+    data = dcmread(source)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    target.parent.mkdir(exist_ok=True)
+    data.save_as(target, write_like_original=False)
+    return str(target)
+
+
+def test_one_instance_uid_with_other_contents_is_a_conflict_and_not_a_copy(folder):
+    one, two, three = files(folder)[:3]
+    other_pixels = dcmread(one).PixelData[::-1]
+    copy = edited(one, folder / "z" / "copy.dcm", PatientComments="copied")
+    pixels = edited(two, folder / "z" / "pixels.dcm", PixelData=other_pixels)
+    series = edited(three, folder / "z" / "series.dcm", **OTHER_SERIES)
+    for _ in range(2):  # what was compared is known after a restart
+        status = indexed(folder).status()
+        assert status["instances"] == 4
+        assert set(status["conflicts"]) == {pixels, series}
+        assert "the same instance" in status["left_out"][copy]
+        assert "other pixels" in status["left_out"][pixels]
+        assert str(two) in status["left_out"][pixels]
+        assert "another series" in status["left_out"][series]
+    edited(two, folder / "z" / "pixels.dcm")
+    assert pixels not in indexed(folder).status()["conflicts"]
+
+
+@pytest.mark.parametrize("tags", [{"StudyInstanceUID": "1.2.9"}, {"PatientID": "another"}])
+def test_one_series_uid_for_several_studies_or_patients_is_named(folder, tags):
+    assert indexed(folder).status()["conflicts"] == {}
+    edited(files(folder)[0], folder / "z" / "other.dcm", SOPInstanceUID=generate_uid(), **tags)
+    status = indexed(folder).status()
+    assert list(status["conflicts"]) == ["1.2.3.4"]
+    assert status["instances"] == 5
+
+
 def test_only_what_has_changed_is_read_again(folder):
     indexed(folder)
     seen = []

@@ -90,6 +90,31 @@ def test_a_folder_with_dicom_files_is_served_and_labels_survive_a_new_port(folde
     assert wait_until(lambda: not dicomweb.is_running()), "the DICOMweb server outlives a label server that was killed"
 
 
+@pytest.mark.e2e
+def test_a_dicomweb_server_that_is_killed_is_started_again_at_the_same_address(folder):
+    server = ServeCommand(folder).start()
+    try:
+        address = f"{server.url}/{PROXY}/series"
+        for _ in range(2):
+            (dicomweb,) = children_of(server)
+            before = requests.get(address, timeout=30).json()
+            dicomweb.kill()
+            assert wait_until(lambda: requests.get(address, timeout=30).status_code == 200, 30)
+            assert requests.get(address, timeout=30).json() == before
+        assert server.log.read_text().count("the DICOMweb server has ended (code -9)") == 2
+    finally:
+        server.stop()
+
+
+def test_a_dicomweb_server_that_ends_again_and_again_is_left_alone_in_the_end(monkeypatch, caplog):
+    monkeypatch.setattr(child, "_BREATH_S", 0.0)
+    words = (sys.executable, "-c", "import sys; sys.exit(3)")
+    child._keep_alive(child.Child("http://127.0.0.1:1/dicom-web", subprocess.Popen(words).pid, words))
+    told = [record for record in caplog.records if "has ended (code 3)" in record.getMessage()]
+    assert len(told) == child.TRIES
+    assert "left alone" in caplog.records[-1].getMessage()
+
+
 def test_the_host_s_own_command_refuses_such_a_folder_and_says_what_to_use(folder):
     words = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(ROOT / "apps" / "samadapt")]
     words += ["--studies", str(folder), "--host", "127.0.0.1", "--port", "0"]

@@ -88,6 +88,21 @@ def test_who_labelled_is_a_text(studies, tmp_path):
     assert stored(studies) is None
 
 
+@pytest.mark.parametrize(("value", "taken"), [(2, True), (IGNORE, True), (3, False), (0, True)])
+def test_a_mask_without_names_is_refused_where_its_values_are_none_of_the_known_labels(studies, tmp_path, value, taken):
+    datastore = SafeDatastore(str(studies))
+    datastore.known_labels = lambda: LabelMap(("liver", "spleen"))
+    file = label_of(tmp_path / "l.nii.gz", value)
+    if taken:
+        datastore.save_label("a", file, "final", {})
+    else:
+        with pytest.raises(InputError, match="3") as caught:
+            datastore.save_label("a", file, "final", {})
+        assert caught.value.where == "label_info"
+        assert "1 = liver, 2 = spleen" in caught.value.remedy
+    assert (datastore.local_label("a") is not None) == taken
+
+
 def test_images_are_listed_and_labels_found_again(studies, tmp_path):
     datastore = SafeDatastore(str(studies))
     assert sorted(datastore.list_images()) == ["a", "b", "c.d"]

@@ -1,20 +1,25 @@
 """Labels over DICOMweb, with real PACSs: what is submitted is what training reads and what the PACS gets."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
 import pytest
 from dicomweb_client.api import DICOMwebClient
-from pydicom.uid import generate_uid
+from monailabel.datastore.local import LocalDatastore
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, generate_uid
 
-from pacs import pacs
-from phantoms import KINDS, octants, write_phantom
+from pacs import make, pacs
+from phantoms import KINDS, Kind, octants, write_phantom
 from samadapt.data.cases import find_cases
 from samadapt.data.dicom import dicom_files, read_series, series_grid
 from samadapt.data.dicom_seg import read_seg, write_seg
 from samadapt.data.volume import Geometry, read_label, read_volume
 from samadapt.errors import InputError, NotFoundError, UnavailableError
+from samadapt.server import outbox
 from samadapt.server.dicom_datastore import SafeDicomDatastore
 from samadapt.server.pacs import check_uid
 
@@ -31,6 +36,13 @@ def raw(path, mask):
 
 def store_of(pacs, tmp_path, name="cache"):
     return SafeDicomDatastore(DICOMwebClient(pacs.url), {"Modality": "CT"}, str(tmp_path / name))
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 def segs_of(pacs, image=None):
@@ -136,7 +148,7 @@ def test_labels_of_others_count_with_their_names_and_the_latest_wins(pacs, tmp_p
 
     def put(name, day, turned):
         seg = write_seg(turned, {2: name, 5: "x"}, grid, images)
-        seg.ContentDate = day
+        seg.ContentDate, seg.Manufacturer = day, "another program"
         seg.save_as(tmp_path / "seg.dcm", write_like_original=False)
         pacs.upload([tmp_path / "seg.dcm"])
 
@@ -210,7 +222,7 @@ def test_a_pacs_that_is_away_is_said_to_be_and_no_label_is_lost(pacs, tmp_path):
     pacs.stop()
     store.forget_lists()
     store.save_label(uid, raw(tmp_path / "l.bin", mask), "final", dict(NAMES))
-    assert any("not in the PACS" in remark for remark in store.last_saved.remarks)
+    assert any("not yet in the PACS" in remark for remark in store.last_saved.remarks)
     assert (read_volume(store.local_label(uid)).array[0] == mask).all()
     assert store.list_images() == [uid] == store.get_labeled_images()
     with pytest.raises(UnavailableError):
@@ -221,3 +233,256 @@ def test_a_pacs_that_is_away_is_said_to_be_and_no_label_is_lost(pacs, tmp_path):
 def test_what_is_no_uid_becomes_no_path(text):
     with pytest.raises(InputError):
         check_uid(text, "image")
+
+
+MORNING, LATER = "20200101", "20990101"
+
+
+class Case:
+    """One series in a PACS and a server's store over it; ``mask`` has the values 2 (liver) and 5 (our own)."""
+
+    def __init__(self, pacs, tmp_path):
+        self.pacs, self.folder, self.uid = pacs, tmp_path, generate_uid()
+        pacs.upload(write_phantom(tmp_path / "s", KINDS["oblique"], SeriesInstanceUID=self.uid))
+        self.images = [pydicom.dcmread(path, stop_before_pixels=True) for path in dicom_files(tmp_path / "s")]
+        self.grid = series_grid(self.images, "here")
+        self.mask = octants(self.grid.geometry.shape)
+        self.store = store_of(pacs, tmp_path)
+
+    def submit(self, mask=None, **info):
+        file = raw(self.folder / "l.bin", self.mask if mask is None else mask)
+        self.store.save_label(self.uid, file, "final", {**NAMES, **info})
+
+    def another_program_stores(self, names, day):
+        """A SEG with the structures of ``names`` (value -> name), mirrored so that it can be told apart."""
+        mask = np.where(np.isin(self.mask, list(names)), self.mask, 0)[::-1]
+        seg = write_seg(mask, names, self.grid, self.images)
+        seg.ContentDate, seg.Manufacturer = day, "another program"
+        seg.save_as(self.folder / "seg.dcm", write_like_original=False)
+        self.pacs.upload([self.folder / "seg.dcm"])
+        self.store.forget_lists()
+
+    def served(self, store=None):
+        path = (store or self.store).get_label_uri(self.uid, "final")
+        mask = read_volume(path).array[0]
+        return "person" if (mask > 0).tolist() == (self.mask > 0).tolist() else "another program"
+
+
+@pytest.fixture
+def case(pacs, tmp_path):
+    return Case(pacs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "day", "served", "reason"),
+    [
+        ({2: "liver", 5: "our own"}, MORNING, "person", "not newer"),
+        ({2: "LIVER"}, LATER, "person", "our own"),
+        ({2: "LIVER", 5: "our own"}, LATER, "another program", None),
+    ],
+)
+def test_another_program_s_seg_replaces_a_person_s_label_only_if_newer_and_complete(case, names, day, served, reason):
+    case.submit(client_id="ann")
+    case.another_program_stores(names, day)
+    assert case.served() == served
+    versions = case.store.label_versions(case.uid)
+    assert len(versions) == 2, "nothing is lost, whichever counts"
+    if reason:
+        (theirs,) = [version for version in versions if not version.served]
+        assert any(reason in remark for remark in theirs.info["remarks"])
+    else:
+        assert versions[0].info["object"] != versions[1].info["object"]
+    # What the PACS holds says the same to a server that has lost everything.
+    shutil.rmtree(case.folder / "cache")
+    again = store_of(case.pacs, case.folder)
+    assert case.served(again) == served
+    assert len(again.label_versions(case.uid)) == 2
+
+
+def test_a_person_s_label_counts_over_another_program_s_that_was_there_before(case):
+    case.another_program_stores({2: "liver", 5: "our own"}, LATER)
+    assert case.served() == "another program"
+    case.submit(client_id="ann")
+    assert case.served() == "person"
+
+
+def test_a_seg_says_who_drew_it_and_when_and_which_is_the_latest(case):
+    case.submit(client_id="ann")
+    case.submit(author="Bo Berg", client_id="ohif-1-2")
+    case.submit()
+    first, second, third = sorted(segs_of(case.pacs), key=lambda seg: seg.SeriesNumber)
+    now = time.strftime("%Y%m%d")
+    for seg, who in ((first, "ann"), (second, "Bo Berg"), (third, None)):
+        assert seg.SeriesDate == seg.ContentDate
+        assert abs(int(seg.ContentDate) - int(now)) <= 1
+        assert seg.SeriesTime == seg.ContentTime
+        day = f"{seg.ContentDate[:4]}-{seg.ContentDate[4:6]}-{seg.ContentDate[6:]}"
+        assert f"{day} {seg.ContentTime[:2]}:{seg.ContentTime[2:4]}" in seg.SeriesDescription
+        assert str(seg.get("ContentCreatorName") or "").strip("^") == (who or "")
+        assert (who or "abel,") in seg.SeriesDescription
+        assert "P7" not in seg.SeriesDescription
+    assert len({seg.SeriesNumber for seg in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "A=B^C\\D", "田中 太郎", "ann\n"])
+def test_whoever_has_drawn_it_their_name_makes_a_readable_seg(case, name):
+    case.submit(client_id=name)
+    (seg,) = segs_of(case.pacs)
+    assert len(seg.SeriesDescription) <= 64
+    assert str(seg.ContentCreatorName).strip("^")
+
+
+def test_a_label_that_the_pacs_did_not_get_is_sent_by_itself_when_the_pacs_is_back(case, monkeypatch):
+    monkeypatch.setattr(outbox, "FIRST_PAUSE_S", 0.2)
+    case.store.image_path(case.uid)
+    case.pacs.pause()
+    case.store.forget_lists()
+    case.submit(client_id="ann")
+    case.submit(case.mask[::-1], client_id="bob")
+    assert any("not yet in the PACS" in remark for remark in case.store.last_saved.remarks)
+    waiting = case.store.not_in_pacs()
+    assert [(one["image"], one["author"]) for one in waiting] == [(case.uid, "ann"), (case.uid, "bob")]
+    assert all("does not answer" in one["reason"] for one in waiting)
+    case.pacs.start()
+    assert wait_until(lambda: not case.store.not_in_pacs())
+    assert {str(seg.ContentCreatorName).strip("^") for seg in segs_of(case.pacs)} == {"ann", "bob"}
+    case.store.forget_lists()
+    assert case.store.label_versions(case.uid)[0].info["client_id"] == "bob"
+    assert len(case.store.label_versions(case.uid)) == 2, "a SEG that came late is nobody else's label"
+
+
+def test_a_label_that_the_pacs_did_not_get_is_sent_after_a_restart(case, monkeypatch):
+    monkeypatch.setattr(case.store._outbox, "begin", lambda: None)  # this server ends before it tries again
+    case.store.image_path(case.uid)
+    case.pacs.pause()
+    case.store.forget_lists()
+    case.submit(client_id="ann")
+    case.pacs.start()
+    again = store_of(case.pacs, case.folder)
+    assert [one["image"] for one in again.not_in_pacs()] == [case.uid]
+    again.begin()
+    assert wait_until(lambda: not again.not_in_pacs())
+    assert len(segs_of(case.pacs)) == 1
+    assert again.get_labeled_images() == [case.uid]
+
+
+def test_a_seg_whose_label_was_never_saved_is_not_sent(case, monkeypatch):
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    case.store.image_path(case.uid)
+    monkeypatch.setattr(LocalDatastore, "_init_from_datastore_file", crash)
+    with pytest.raises(KeyboardInterrupt):
+        case.submit(client_id="ann")
+    monkeypatch.undo()
+    again = store_of(case.pacs, case.folder)
+    again.begin()
+    assert again.not_in_pacs() == []
+    assert segs_of(case.pacs) == []
+
+
+def test_what_the_pacs_refuses_is_told_and_tried_again(tmp_path, monkeypatch):
+    """Our own server can be made to refuse: the folder of what it receives is taken away."""
+    monkeypatch.setattr(outbox, "FIRST_PAUSE_S", 0.2)
+    running = make("embedded").start()
+    try:
+        case = Case(running, tmp_path)
+        case.store.image_path(case.uid)
+        received = running.folder / ".samadapt" / "dicomweb" / "received"
+        (kept,) = received.iterdir()
+        kept.rename(tmp_path / "kept")
+        kept.write_text("in the way")
+        case.submit(client_id="ann")
+        (waiting,) = case.store.not_in_pacs()
+        assert "refused" in waiting["reason"]
+        kept.unlink()
+        (tmp_path / "kept").rename(kept)
+        assert wait_until(lambda: not case.store.not_in_pacs())
+        assert len(segs_of(running)) == 1
+    finally:
+        running.stop()
+
+
+def test_a_save_that_waits_for_the_pacs_holds_up_no_other_image(tmp_path):
+    """A PACS that takes two seconds for each SEG: a real one behind a proxy that waits."""
+    running = make("embedded").start()
+    try:
+        uids = [generate_uid() for _ in range(3)]
+        for n, uid in enumerate(uids):
+            running.upload(write_phantom(tmp_path / str(n), KINDS["axial"], SeriesInstanceUID=uid))
+        store = store_of(running, tmp_path)
+        mask = octants(read_volume(store.image_path(uids[0])).geometry.shape)
+        for uid in uids:
+            store.image_path(uid)
+        quick = store._pacs.store
+
+        def slow(dataset):
+            time.sleep(2)
+            quick(dataset)
+
+        store._outbox._send = slow
+        started = time.monotonic()
+        with ThreadPoolExecutor(3) as people:
+            files = [raw(tmp_path / f"{n}.bin", mask) for n in range(3)]
+            list(people.map(lambda n: store.save_label(uids[n], files[n], "final", dict(NAMES)), range(3)))
+        assert time.monotonic() - started < 5.0
+        assert len(segs_of(running)) == 3
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("tags", [{"StudyInstanceUID": generate_uid(), "PatientID": "P8"}, {"PatientID": "P8"}])
+def test_one_series_uid_for_two_patients_is_refused(case, tags):
+    study = case.images[0].StudyInstanceUID
+    case.pacs.upload(
+        write_phantom(
+            case.folder / "t", KINDS["oblique"], **{"SeriesInstanceUID": case.uid, "StudyInstanceUID": study, **tags}
+        )
+    )
+    case.store.forget_lists()
+    for refused in (case.store.make_ready, case.store.image_path):
+        with pytest.raises(InputError, match=r"several|patients|same position"):
+            refused(case.uid)
+    with pytest.raises(InputError):
+        case.submit()
+    assert segs_of(case.pacs) == []
+
+
+def test_a_series_that_comes_to_be_ambiguous_later_takes_no_label_any_more(case):
+    case.submit(client_id="ann")
+    case.pacs.upload(write_phantom(case.folder / "t", KINDS["oblique"], SeriesInstanceUID=case.uid, PatientID="P8"))
+    case.store.forget_lists()
+    case.store.list_images()
+    with pytest.raises(InputError, match="several studies"):
+        case.submit(client_id="bob")
+    assert case.store.label_versions(case.uid)[0].info["client_id"] == "ann"
+
+
+def test_a_series_that_could_not_be_read_is_not_offered_again_after_a_restart(tmp_path):
+    running = make("embedded").start()
+    try:
+        uid = generate_uid()
+        folder = write_phantom(tmp_path / "s", KINDS["axial"], SeriesInstanceUID=uid)
+        for path in dicom_files(folder):
+            image = pydicom.dcmread(path)
+            image.file_meta.TransferSyntaxUID = JPEG2000Lossless
+            image.PixelData = encapsulate([b"this is no picture "])
+            image["PixelData"].is_undefined_length = True
+            image.save_as(path)
+        running.upload(folder)
+        store = store_of(running, tmp_path)
+        store.make_ready(uid)
+        with pytest.raises(InputError, match="pixels cannot be read"):
+            store.image_path(uid)
+        with pytest.raises(InputError, match="pixels cannot be read"):
+            store_of(running, tmp_path).make_ready(uid)
+        write_phantom(tmp_path / "more", Kind(slices=7), SeriesInstanceUID=uid)
+        late = pydicom.dcmread(tmp_path / "more" / "slice_006.dcm")
+        late.StudyInstanceUID = image.StudyInstanceUID
+        late.save_as(tmp_path / "late.dcm")
+        running.upload([tmp_path / "late.dcm"])
+        again = store_of(running, tmp_path)
+        again.make_ready(uid)  # it has changed: it gets another chance
+        assert again.progress(uid).state in ("fetching", "refused")
+    finally:
+        running.stop()

@@ -105,7 +105,24 @@ def test_who_asks_on_without_a_name_goes_round_and_blocks_nobody(tmp_path):
 
 @pytest.mark.parametrize("body", [{}, {"paused": "yes"}, [1]])
 def test_a_pause_that_is_none_is_refused(server, body):
-    assert requests.post(f"{server.url}/samadapt/auto_train", json=body, timeout=30).status_code == 422
+    answer = requests.post(f"{server.url}/samadapt/auto_train", json=body, timeout=30)
+    assert answer.status_code == 422
+    assert set(answer.json()) == {"error", "what", "where", "remedy"}
+    assert answer.json()["where"] in ("paused", "body")
+
+
+def test_who_starts_the_host_s_own_command_is_told_how_ohif_would_show_the_folder(server):
+    assert f"samadapt serve --studies {server.studies}" in server.log.read_text()
+
+
+def test_a_request_that_lacks_something_is_told_what_as_every_other_error_is(server):
+    answer = requests.put(f"{server.url}/samadapt/label", timeout=30)
+    assert answer.status_code == 422
+    assert "image" in answer.json()["where"]
+    assert "label" in answer.json()["where"]
+    assert answer.json()["remedy"]
+    answer = requests.get(f"{server.url}/info/", timeout=30).json()
+    assert answer["not_in_pacs"] == []
 
 
 def test_the_worklist_names_every_unlabelled_image_before_any_model(server, images):
@@ -249,7 +266,8 @@ def test_a_label_that_does_not_fit_is_refused_and_not_stored(client, server, ima
 
 
 @pytest.mark.parametrize(
-    "label_info", ["anterior", [{"name": "a"}], [{"idx": 1}], [{"name": "a", "idx": "x"}], {"a": 1}]
+    "label_info",
+    ["anterior", [{"name": "a"}], [{"idx": 1}], [{"name": "a", "idx": "x"}], {"a": 1}, [{"name": "a", "idx": 10**30}]],
 )
 def test_malformed_label_info_is_refused(server, images, tmp_path, label_info):
     label = label_file(tmp_path / "label.nii.gz", server.studies / f"{images[3]}.nii.gz", BLOCKS)

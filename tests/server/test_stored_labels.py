@@ -234,9 +234,11 @@ def test_names_that_are_not_drawn_anywhere_leave_the_list(studies):
 def test_a_label_that_another_program_stored_is_told_and_shown(studies, tmp_path):
     if studies.pacs is None:
         pytest.skip("over a PACS")
+    studies.submit(studies.mask())
     mask = studies.mask(4)
     images = [pydicom.dcmread(path) for path in dicom_files(studies.folder)]
-    seg = write_seg(mask, {2: "theirs", 5: "also theirs"}, series_grid(images, "ct"), images)
+    seg = write_seg(mask, {2: "liver", 5: "our own"}, series_grid(images, "ct"), images)
+    seg.Manufacturer = "another program"
     seg.ContentDate = seg.InstanceCreationDate = seg.SeriesDate = "20400101"
     (tmp_path / "seg").mkdir()
     seg.save_as(tmp_path / "seg" / "seg.dcm", write_like_original=False)
@@ -246,8 +248,8 @@ def test_a_label_that_another_program_stored_is_told_and_shown(studies, tmp_path
     studies.server.start()  # it asks the PACS anew
     label = studies.label()
     assert label["source"] == "SEG in the PACS"
-    assert sorted(label["structures"]) == ["also theirs", "theirs"]
+    assert sorted(label["structures"]) == ["liver", "our own"]
     shown, names = studies.shown(tmp_path)
     for value, name in names.items():
-        assert np.array_equal(shown == int(value), mask == {"theirs": 2, "also theirs": 5}[name])
+        assert np.array_equal(shown == int(value), mask == {"liver": 2, "our own": 5}[name])
     assert studies.submit(mask, based_on=opened).status_code == 409

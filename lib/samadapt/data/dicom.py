@@ -343,7 +343,13 @@ def _pixels(paths: list[Path], *, colour: bool) -> np.ndarray:
     names = [str(path) for path in paths]
     # float32 from the start: slices of one series may have different rescale slopes.
     pixel_type = sitk.sitkUnknown if colour else sitk.sitkFloat32
-    image = sitk.ReadImage(names if len(names) > 1 else names[0], pixel_type)
+    try:
+        image = sitk.ReadImage(names if len(names) > 1 else names[0], pixel_type)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"the pixels cannot be read ({reason})", where=paths[0].parent, remedy="Export the series again."
+        ) from error
     array = sitk.GetArrayFromImage(image)
     if image.GetDimension() == 2:
         array = array[None]

@@ -11,6 +11,9 @@ from pydicom.dataset import Dataset
 
 LABEL_MODALITIES = ("SEG", "RTSTRUCT")
 
+MANUFACTURER = "samadapt"
+"""In the SEGs that we write, by which we know them again."""
+
 
 @dataclass(frozen=True, eq=False)
 class DicomLabel:
@@ -61,6 +64,27 @@ def label_map(shape: tuple[int, int, int], structures: Sequence[Structure], rema
 def is_label_object(header: Dataset) -> bool:
     """Whether DICOM attributes are those of a SEG or RTSTRUCT."""
     return str(header.get("Modality", "")).upper() in LABEL_MODALITIES
+
+
+def is_own(header: Dataset) -> bool:
+    """Whether a SEG holds a label that was submitted through samadapt, on this server or another."""
+    return str(header.get("Manufacturer") or "") == MANUFACTURER
+
+
+def creator_of(header: Dataset) -> str:
+    """Who drew a SEG or RTSTRUCT; "" where it does not say."""
+    return " ".join(str(header.get("ContentCreatorName") or "").replace("^", " ").split())
+
+
+def image_of(label: Dataset) -> str:
+    """SeriesInstanceUID of the images that a SEG or RTSTRUCT was drawn on; "" where it does not say."""
+    for series in label.get("ReferencedSeriesSequence") or []:
+        return str(series.get("SeriesInstanceUID") or "")
+    for frame in label.get("ReferencedFrameOfReferenceSequence") or []:
+        for study in frame.get("RTReferencedStudySequence") or []:
+            for series in study.get("RTReferencedSeriesSequence") or []:
+                return str(series.get("SeriesInstanceUID") or "")
+    return ""
 
 
 def time_of(label: Dataset) -> str:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 
 import highdicom as hd
 import numpy as np
@@ -19,12 +20,15 @@ from pydicom.valuerep import PersonName
 
 from samadapt import __version__
 from samadapt.data.dicom import SeriesGrid, functional_group
-from samadapt.data.dicom_label import DicomLabel, Structure, label_map
+from samadapt.data.dicom_label import MANUFACTURER, DicomLabel, Structure, label_map
 from samadapt.data.geometry import LPS_FROM_RAS, MISMATCH_VOXELS
 from samadapt.data.labels import same_name, values_in
 from samadapt.errors import InputError
 
-SEG_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
+FIRST_SERIES_NUMBER = 300
+"""Beyond those that scanners give, so that labels stand behind the images."""
+
+_CREATOR_SHOWN = 36  # SeriesDescription has 64 characters
 
 ANATOMY = Code("123037004", "SCT", "Anatomical Structure")
 ABNORMAL = Code("49755003", "SCT", "Morphologically Abnormal Structure")
@@ -87,6 +91,8 @@ def write_seg(
     grid: SeriesGrid,
     images: Sequence[Dataset],
     creator: str | None = None,
+    made: datetime | None = None,
+    number: int = 1,
 ) -> Dataset:
     """A binary SEG of a label map: one segment for each value that occurs, in ascending order.
 
@@ -96,6 +102,8 @@ def write_seg(
         grid: of the images.
         images: attributes of the images of the series, pixels not needed.
         creator: who drew it.
+        made: when; None: now.
+        number: of this label among those of the series; viewers sort by it.
 
     Raises:
         InputError: an empty mask (a SEG has at least one segment), or another shape than the grid's.
@@ -111,12 +119,12 @@ def write_seg(
     pixels = numbers[mask.transpose(2, 1, 0)][order]
     with warnings.catch_warnings():  # about how archives write names and identifiers, which is not ours to change
         warnings.simplefilter("ignore", UserWarning)
-        return _segmentation(pixels, sources, [values.get(int(v), f"label {v}") for v in present], creator)
+        made_of = _segmentation(pixels, sources, [values.get(int(v), f"label {v}") for v in present])
+    _sign(made_of, _plain(creator), made or datetime.now(), number)
+    return made_of
 
 
-def _segmentation(
-    pixels: np.ndarray, sources: list[Dataset], names: list[str], creator: str | None
-) -> hd.seg.Segmentation:
+def _segmentation(pixels: np.ndarray, sources: list[Dataset], names: list[str]) -> hd.seg.Segmentation:
     """``pixels`` (frames, rows, columns) with segment n as value n; ``names[n - 1]`` is what it is called."""
     made = hd.seg.Segmentation(
         source_images=sources,
@@ -124,24 +132,33 @@ def _segmentation(
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_description(n, name) for n, name in enumerate(names, start=1)],
         series_instance_uid=generate_uid(),
-        series_number=300,
+        series_number=FIRST_SERIES_NUMBER,
         sop_instance_uid=generate_uid(),
         instance_number=1,
-        manufacturer="samadapt",
+        manufacturer=MANUFACTURER,
         manufacturer_model_name="samadapt",
         software_versions=__version__,
         device_serial_number="0",
-        series_description="samadapt label",
         content_label="SEGMENTATION",
-        content_creator_name=_person(creator),
     )
     made.SpecificCharacterSet = "ISO_IR 192"  # UTF-8: patients and structures have names in every script
     return made
 
 
-def _person(name: str | None) -> PersonName | None:
-    plain = re.sub(r"[\^=\\\x00-\x1f]", " ", name or "").strip()[:60]
-    return PersonName(f"{plain}^") if plain else None
+def _sign(seg: Dataset, creator: str, made: datetime, number: int) -> None:
+    """Say who drew it and when, in what viewers show in their list of series, too."""
+    seg.SeriesDate = seg.ContentDate = made.strftime("%Y%m%d")
+    seg.SeriesTime = seg.ContentTime = made.strftime("%H%M%S")
+    by = f" by {creator[:_CREATOR_SHOWN]}" if creator else ""
+    seg.SeriesDescription = f"Label{by}, {made:%Y-%m-%d %H:%M}"
+    seg.SeriesNumber = FIRST_SERIES_NUMBER + number
+    if creator:
+        seg.ContentCreatorName = PersonName(f"{creator}^")
+
+
+def _plain(name: str | None) -> str:
+    """A person's name without what has a meaning of its own in DICOM."""
+    return " ".join(re.sub(r"[\^=\\\x00-\x1f]", " ", name or "").split())[:60]
 
 
 def _sources(grid: SeriesGrid, images: Sequence[Dataset]) -> tuple[list[Dataset], np.ndarray]:

@@ -27,6 +27,9 @@ IGNORE = 255
 """Voxels of a mask in the model's order that nobody has labelled: they are neither learned from nor measured on. (OHIF
 takes 255 for "leave unchanged".)"""
 
+HIGHEST_VALUE = 65535
+"""The largest voxel value of a label that comes in: 16 bits, as far as DICOM's segment numbers go."""
+
 IGNORED_NAMES = ("ignore", "unlabelled", "unlabeled")
 """Segments of these names become ``IGNORE``; none of them is ever a class."""
 
@@ -211,7 +214,8 @@ def values_from_label_info(label_info: Any) -> dict[int, str]:
             with ``idx`` 0 is left out. Two values may have the same name (two segments of one class).
 
     Raises:
-        InputError: anything else: no list, a missing name or idx, an idx below 1, the same idx twice.
+        InputError: anything else: no list, a missing name or idx, an idx outside 1 to ``HIGHEST_VALUE``, the same idx
+            twice.
     """
     if not isinstance(label_info, list | tuple):
         raise _malformed(f"it is {label_info!r}")
@@ -222,7 +226,7 @@ def values_from_label_info(label_info: Any) -> dict[int, str]:
         name, value = " ".join(entry["name"].split()), whole_number(entry.get("idx"))
         if value == 0 and same_name(name) == BACKGROUND:
             continue
-        if value is None or value < 1:
+        if value is None or not 1 <= value <= HIGHEST_VALUE:
             raise _malformed(f"'{name}' has idx {entry.get('idx')!r}")
         if value in values:
             raise _malformed(f"idx {value} stands for both '{values[value]}' and '{name}'")

@@ -30,6 +30,9 @@ ROOT = "/dicom-web"
 LOOK_AGAIN_S = 10.0
 """A study list that is asked for so long after the last look at the folder begins another."""
 
+NAMED = 5
+"""So many of the files that are no DICOM are named; the others are counted."""
+
 _JSON = "application/dicom+json"
 _INSTANCE = "/studies/{study}/series/{series}/instances/{instance}"
 _SYNTAX_TYPES = {
@@ -99,6 +102,10 @@ class Archive:
         """File -> why it is left out."""
         return self.index.problems()
 
+    def not_dicom(self) -> tuple[str, ...]:
+        """Files of the folder that are no DICOM files."""
+        return self.index.not_dicom()
+
     def status(self) -> dict[str, Any]:
         done, total = self._progress
         return {
@@ -108,6 +115,8 @@ class Archive:
             "files_total": total,
             **self.index.counts(),
             "left_out": self.problems(),
+            "conflicts": self.index.conflicts(),
+            "not_dicom": {"files": len(others := self.not_dicom()), "first": list(others[:NAMED])},
             "error": self._error or None,
         }
 
@@ -136,6 +145,10 @@ class ConvertedArchive(Archive):
 
     def problems(self) -> dict[str, str]:
         return {**super().problems(), **self._unusable}
+
+    def not_dicom(self) -> tuple[str, ...]:
+        """None: beside the series lie their records, and what of the studies folder is no volume is not looked at."""
+        return ()
 
 
 def application(archive: Archive) -> FastAPI:

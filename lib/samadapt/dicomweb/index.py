@@ -1,7 +1,8 @@
 """What a folder of DICOM files holds, in an SQLite file that survives restarts.
 
 Only new and changed files are read when the folder is looked at again. A file that cannot be used is left out and
-named with the reason; of several files with one SOP instance UID the first by name counts, the others are named.
+named with the reason; of several files with one SOP instance UID the first by name counts, the others are named: as
+copies, or as conflicts where they hold something else.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from samadapt.data.dicom import is_dicom
-from samadapt.dicomweb.frames import check_complete
+from samadapt.dicomweb.frames import check_complete, decoded
 from samadapt.dicomweb.metadata import attributes
 from samadapt.errors import InputError
+from samadapt.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +84,18 @@ CREATE TABLE IF NOT EXISTS files (
     study TEXT, series TEXT, instance TEXT, modality TEXT, header TEXT, metadata TEXT, problem TEXT);
 CREATE INDEX IF NOT EXISTS by_uid ON files (study, series, instance, path);
 CREATE INDEX IF NOT EXISTS by_instance ON files (instance, path);
+CREATE TABLE IF NOT EXISTS pixels (path TEXT PRIMARY KEY, modified INTEGER, size INTEGER, digest TEXT);
 """
 _COLUMNS = "path, modified, size, study, series, instance, modality, header, metadata, problem"
 
 # Of several files with one instance UID, the first by name.
+_TWICE = """
+SELECT f.path, f.modified, f.size, f.study, f.series, MIN(o.path), o.modified, o.size, o.study, o.series
+FROM files f JOIN files o ON o.instance = f.instance AND o.path < f.path
+WHERE f.problem IS NULL AND o.problem IS NULL GROUP BY f.path
+"""
+_PATIENT = """json_extract(header, '$."00100020".Value[0]')"""
+
 _COUNTED = "problem IS NULL AND NOT EXISTS (SELECT 1 FROM files o WHERE o.instance = f.instance AND o.path < f.path)"
 
 
@@ -104,6 +116,26 @@ class Found:
     instances: int
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two files with one SOP instance UID: ``path``, and ``first``, which counts."""
+
+    path: str
+    modified: int
+    size: int
+    study: str
+    series: str
+    first: str
+    first_modified: int
+    first_size: int
+    first_study: str
+    first_series: str
+
+    @property
+    def first_file(self) -> tuple[str, int, int]:
+        return self.first, self.first_modified, self.first_size
+
+
 class Index:
     """The DICOM files below ``folders``, found by their UIDs. Every method may be called from any thread.
 
@@ -117,6 +149,7 @@ class Index:
         self._lock = threading.RLock()
         database.parent.mkdir(parents=True, exist_ok=True)
         self._connection = _open(database)
+        self._not_dicom: tuple[str, ...] = ()
 
     # ---- looking at the folder
 
@@ -137,6 +170,9 @@ class Index:
                     changed.append(path)
                     progress(done, len(files))
             self.add(changed)
+        taken = self._known().keys()
+        self._not_dicom = tuple(str(path) for path in files if str(path) not in taken and not is_dicom(path))
+        self._compare_copies()
         progress(done, len(files))
 
     def add(self, paths: Iterable[Path]) -> None:
@@ -180,12 +216,25 @@ class Index:
     def problems(self) -> dict[str, str]:
         """File -> why it is left out, duplicates among them."""
         broken = self._ask("SELECT path, problem FROM files WHERE problem IS NOT NULL ORDER BY path", [])
-        twice = self._ask(
-            "SELECT f.path, MIN(o.path) FROM files f JOIN files o ON o.instance = f.instance AND o.path < f.path "
-            "WHERE f.problem IS NULL AND o.problem IS NULL GROUP BY f.path",
+        copies = {pair.path: f"the same instance as {pair.first}, which is used" for pair in self._pairs()}
+        return {**dict(broken), **copies, **self._instance_conflicts()}
+
+    def conflicts(self) -> dict[str, str]:
+        """What bears a UID that belongs to something else: file or series UID -> with what it is in conflict."""
+        rows = self._ask(
+            f"SELECT series, COUNT(DISTINCT study), COUNT(DISTINCT IFNULL({_PATIENT}, '')) FROM files f "
+            f"WHERE {_COUNTED} GROUP BY series HAVING COUNT(DISTINCT study || ' ' || IFNULL({_PATIENT}, '')) > 1",
             [],
         )
-        return {**dict(broken), **{path: f"the same instance as {first}, which is used" for path, first in twice}}
+        shared = {
+            series: f"conflict: one series UID for {studies} studies and {patients} patients; it cannot be labelled"
+            for series, studies, patients in rows
+        }
+        return {**self._instance_conflicts(), **shared}
+
+    def not_dicom(self) -> tuple[str, ...]:
+        """Files that were no DICOM files when the folder was looked at last."""
+        return self._not_dicom
 
     def counts(self) -> dict[str, int]:
         """Numbers of studies, series and instances that can be asked for."""
@@ -194,6 +243,33 @@ class Index:
         return {"studies": studies, "series": series, "instances": instances}
 
     # ---- inside
+
+    def _pairs(self) -> list[_Pair]:
+        return [_Pair(*row) for row in self._ask(_TWICE)]
+
+    def _compare_copies(self) -> None:
+        """Read the pixels of files with one instance UID, where they have not been compared before."""
+        for pair in self._pairs():
+            for path, modified, size in ((pair.path, pair.modified, pair.size), pair.first_file):
+                if self._pixels(path, modified, size) is None:
+                    with self._changing() as connection:
+                        row = (path, modified, size, _pixel_digest(Path(path), modified))
+                        connection.execute("INSERT OR REPLACE INTO pixels VALUES (?, ?, ?, ?)", row)
+
+    def _pixels(self, path: str, modified: int, size: int) -> str | None:
+        query = "SELECT digest FROM pixels WHERE path = ? AND modified = ? AND size = ?"
+        rows = self._ask(query, [path, modified, size])
+        return str(rows[0][0]) if rows else None
+
+    def _instance_conflicts(self) -> dict[str, str]:
+        found = {}
+        for pair in self._pairs():
+            one, other = self._pixels(pair.path, pair.modified, pair.size), self._pixels(*pair.first_file)
+            if (pair.study, pair.series) != (pair.first_study, pair.first_series):
+                found[pair.path] = f"conflict: it has the instance UID of {pair.first}, of another series; that is used"
+            elif one is not None and other is not None and one != other:
+                found[pair.path] = f"conflict: it has the instance UID of {pair.first}, but other pixels; that is used"
+        return found
 
     def _group(self, level: str, uids: tuple[str | None, ...]) -> list[Found]:
         where, values = _where(uids)
@@ -287,6 +363,15 @@ def _row(path: Path, modified: int, size: int) -> tuple[Any, ...] | None:
     uids = [str(header[name].value) for name in UIDS]
     text = json.dumps(attributes(header))
     return (str(path), modified, size, *uids, str(header.get("Modality") or ""), text, None, None)
+
+
+def _pixel_digest(path: Path, modified: int) -> str:
+    """Of what is seen of a file; of its bytes, where it has no pixels that could be decoded here."""
+    try:
+        array = decoded(path, modified)
+    except InputError:
+        return sha256_of(path)
+    return sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _header(path: Path) -> Dataset | None:

@@ -30,7 +30,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, labelled_slices
-from samadapt.data.labels import values_from_label_info, values_in
+from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, NotFoundError, StateError
 from samadapt.files import atomic_path, sha256_of, write_json
@@ -111,9 +111,26 @@ def in_order_of(frames: Sequence[str], mask: np.ndarray, slices: Any) -> np.ndar
     return mask[:, :, [place[uid] for uid in frames]]
 
 
+def author_of(info: dict[str, Any]) -> str | None:
+    """Who made a label: by name, if that came with it, else as the viewer calls itself; None where nothing says it."""
+    return info.get("author") or info.get("client_id")
+
+
+def _check_nameless(present: set[int], labels: LabelMap | None) -> None:
+    """Values without names are taken for the label map's, which is a guess; refuse where it must be wrong."""
+    unknown = sorted(present - set(range(1, len(labels.names) + 1)) - {IGNORE}) if labels else []
+    if labels and unknown:
+        order = ", ".join(f"{index} = {name}" for index, name in enumerate(labels.names, start=1))
+        raise InputError(
+            f"the mask holds {', '.join(map(str, unknown[:5]))}, and nothing says which structure that is",
+            where="label_info",
+            remedy=f'Send "label_info" in params: a list of {{"name": ..., "idx": ...}}. Without it: {order}.',
+        )
+
+
 def _told(info: dict[str, Any]) -> str:
     """Who made a label, and when, for people."""
-    who = info.get("author") or info.get("client_id") or info.get("source") or "by an unnamed person"
+    who = author_of(info) or info.get("source") or "by an unnamed person"
     return f"{who}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(info.get('ts', 0))))}"
 
 
@@ -188,7 +205,8 @@ class Version(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """For HTTP replies."""
-        kept = {key: self.info.get(key) for key in ("author", "client_id", "label_info", "source", "restored")}
+        said = ("author", "client_id", "label_info", "source", "restored", "remarks")
+        kept = {key: self.info.get(key) for key in said}
         structures = {"structures": self.structures()}
         return {"name": self.name, "time": self.info.get("ts"), **kept, **structures, "served": self.served}
 
@@ -208,12 +226,14 @@ class SafeDatastore(LocalDatastore):
         folder: the studies folder.
         geometry_of: reads an image's grid; replace it by one that remembers images.
         assumed: what labels cover that do not say so; replace it by what the settings say.
+        known_labels: the label map of now; replace it where one is known.
         last_saved: the label that this thread saved last.
     """
 
     def __init__(self, datastore_path: str, **host_options: Any) -> None:
         self.geometry_of: Callable[[str], Geometry] = lambda path: read_volume(path).geometry
         self.assumed = UNSAID
+        self.known_labels: Callable[[], LabelMap | None] = lambda: None
         self._saved = threading.local()
         self.folder = Path(datastore_path)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -232,6 +252,17 @@ class SafeDatastore(LocalDatastore):
     @property
     def last_saved(self) -> Submission:
         return getattr(self._saved, "submission", Submission({}, set(), UNSAID, (0, 0)))
+
+    def begin(self) -> None:
+        """What goes on beside the requests of a server; called once, when it is up."""
+
+    def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
+        """What a next sample's reply says of slices where viewers count them in another way than the image does."""
+        return {}
+
+    def not_in_pacs(self) -> list[dict[str, Any]]:
+        """Labels that have yet to reach the PACS; a folder's labels need not."""
+        return []
 
     # ---- reading
 
@@ -397,22 +428,26 @@ class SafeDatastore(LocalDatastore):
         """Store a mask whose grid equals its image's, with what its values mean. The label before it is kept.
 
         Args:
-            image_id: the image.
+            image_id: the image, by whatever name ``known_id`` takes; raw voxels are those of what is named.
             label_filename: an image file, or raw voxels (``.bin``, ``.bin.gz``; see ``raw_mask``).
             label_tag: "final" counts.
             label_info: ``label_info`` and whatever else came with the label. With ``based_on`` (the name of a version,
                 or None for "there was no label") it only takes the place of that version.
 
         Raises:
-            InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, or labelled
-                slices or classes (see ``Coverage.from_info``) that the image cannot have; nothing is stored then.
+            InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, none at all
+                for values that the label map does not have, or labelled slices or classes (see ``Coverage.from_info``)
+                that the image cannot have; nothing is stored then.
             StateError: another label counts now than ``based_on`` says; nothing is stored then.
         """
         tag = check_tag(label_tag)
         info = dict(label_info or {})
         _check_people(info)
-        with self._as_image(image_id, label_filename, info) as file:
+        named, image_id = image_id, self.known_id(image_id)
+        with self._as_image(named, label_filename, info) as file:
             mask = self._checked_mask(image_id, file, info)
+            if tag == DefaultLabelTag.FINAL and not info.get("label_info"):
+                _check_nameless(self.last_saved.present, self.known_labels())
             self._store_checked(image_id, file, tag, info, mask)
         return image_id
 
@@ -440,21 +475,30 @@ class SafeDatastore(LocalDatastore):
             )
 
     @contextmanager
-    def _as_image(self, image_id: str, file: str, info: dict[str, Any]) -> Iterator[str]:
-        """An image file of what was sent; raw voxels become one."""
+    def _as_image(self, name: str, file: str, info: dict[str, Any]) -> Iterator[str]:
+        """An image file of what was sent; raw voxels of what ``name`` names become one on the image's own grid."""
         if not file.endswith(RAW):
             yield file
             return
-        geometry = self.geometry_of(self.image_path(image_id))
-        mask = sent_mask(file, geometry.shape, image_id, info)
+        geometry = self.geometry_of(self.image_path(name))
+        mask = sent_mask(file, self._shape_shown(name, geometry), name, info)
         if (slices := info.pop("slices", None)) is not None:
-            mask = self._in_order(image_id, mask, slices)
+            mask = self._in_order(name, mask, slices)
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder) / "label.nii.gz"
-            write_mask(written, mask, geometry)
+            write_mask(written, self._as_stored(name, mask, geometry), geometry)
             yield str(written)
 
-    def _in_order(self, image_id: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+    def _shape_shown(self, name: str, geometry: Geometry) -> tuple[int, int, int]:
+        """Shape of the grid on which viewers see what ``name`` names."""
+        return geometry.shape
+
+    def _as_stored(self, name: str, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """A mask on that grid -> on the image's."""
+        return mask
+
+    def _in_order(self, name: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+        """A mask with its slices in their order in the grid; ``slices`` names them as they come."""
         raise InputError(
             "only DICOM series have slices with names", where="slices", remedy="Leave it out for this image."
         )

@@ -10,6 +10,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from samadapt.data.rtstruct import read_rtstruct
 from samadapt.data.volume import read_label, write_image, write_mask
 from samadapt.errors import InputError, NotFoundError, SamAdaptError, UnavailableError
 from samadapt.files import write_json
-from samadapt.server.datastore import DRAWN, SafeDatastore, Version, in_order_of
+from samadapt.server.datastore import DRAWN, SafeDatastore, Version, author_of, in_order_of
 from samadapt.server.fetching import Fetching, Progress
+from samadapt.server.outbox import Outbox, outbox_folder
 from samadapt.server.pacs import LabelEntry, Pacs, SeriesEntry, check_uid, wanted_by_person
+from samadapt.server.precedence import Claim, objection
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +69,21 @@ class SafeDicomDatastore(SafeDatastore):
         self._attributes = folder / ".dicom"
         self._pacs = Pacs(client, wanted_by_person(), self._attributes / "labels")
         self._fetching = Fetching(self._fetch)
-        self._taking_in = threading.RLock()  # also held by a save: its SEG in the PACS is no label of somebody else
+        self._taking_in: dict[str, threading.RLock] = {}
+        self._outbox = Outbox(outbox_folder(folder), self._pacs.store)
         super().__init__(str(folder))
 
     def name(self) -> str:
         return self._pacs.url
+
+    def begin(self) -> None:
+        """Send the labels that the PACS did not get before this server started."""
+        self._outbox.keep_only(lambda one: self._objects(one.image) if one.image else {one.object})
+        self._outbox.begin()
+
+    def not_in_pacs(self) -> list[dict[str, Any]]:
+        """Labels that count here and that the PACS has yet to get, the oldest first."""
+        return [asdict(one) for one in self._outbox.waiting()]
 
     # ---- images
 
@@ -89,6 +103,7 @@ class SafeDicomDatastore(SafeDatastore):
             UnavailableError: the PACS does not answer, or is not done yet.
         """
         check_uid(image_id, "image")
+        self._pacs.check_unshared(image_id)
         path = self._here(image_id)
         if path is None:
             self._fetching.wait(image_id)
@@ -109,8 +124,9 @@ class SafeDicomDatastore(SafeDatastore):
     def make_ready(self, image_id: str) -> None:
         """Start fetching a series, after a look at its attributes: slices that make no volume are told by them."""
         if self._here(image_id) is None:
-            series = self._pacs.find(image_id)
-            _grid_before_fetching(self._pacs.metadata(series), image_id)
+            metadata = self._pacs.metadata(self._pacs.find(image_id))
+            _grid_before_fetching(metadata, image_id)
+            self._refuse_as_before(image_id, len(metadata))
             self._fetching.start(image_id)
 
     def progress(self, image_id: str) -> Progress | None:
@@ -157,11 +173,24 @@ class SafeDicomDatastore(SafeDatastore):
             try:
                 read = read_series(Path(folder))
             except InputError as error:
+                refused = {"images": len(headers), "what": error.what, "remedy": error.remedy}
+                write_json(self._refusal_file(uid), refused)
                 raise InputError(error.what, where=f"series {uid}", remedy=error.remedy) from None
+        self._refusal_file(uid).unlink(missing_ok=True)
         write_json(self._headers_file(uid), [header.to_json_dict() for header in headers])
         write_image(self.folder / f"{uid}.nii", read)
         self._list(series)
         logger.info("series %s: %d images in %.1f s", uid, len(headers), time.monotonic() - started)
+
+    def _refusal_file(self, uid: str) -> Path:
+        return self._attributes / "refused" / f"{uid}.json"
+
+    def _refuse_as_before(self, uid: str, images: int) -> None:
+        """Refuse what could not be read when it was fetched, also before a restart, unless images have come since."""
+        path = self._refusal_file(uid)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if before and before["images"] == images:
+            raise InputError(before["what"], where=f"series {uid}", remedy=before["remedy"])
 
     def _attributes_folder(self) -> Path:
         """The folder, without what fetches of former days left behind when they were interrupted."""
@@ -265,9 +294,11 @@ class SafeDicomDatastore(SafeDatastore):
             InputError: the series makes no volume.
             UnavailableError: the PACS does not answer.
         """
-        with self._taking_in:
-            known = {version.info.get("object") for version in self.label_versions(image_id)}
-            for entry in [one for one in self._usable() if one.image == image_id and one.object not in known]:
+        # Before what is known: the PACS gets no label of ours whose object is not known here already.
+        listed = [entry for entry in self._usable() if entry.image == image_id]
+        with self._taking_in.setdefault(image_id, threading.RLock()):
+            known = self._objects(image_id)
+            for entry in [one for one in listed if one.object not in known]:
                 try:
                     self._take_in(entry)
                 except UnavailableError:
@@ -285,15 +316,31 @@ class SafeDicomDatastore(SafeDatastore):
         if not label.mask.any():
             raise InputError("nothing is drawn in it", where=entry.object)
         info = {**_info_of(entry), "remarks": list(label.remarks), DRAWN: sorted(values_in(label.mask) - {0})}
+        claim = Claim.of(entry.own, info["ts"], _drawn(label.mask, label.values))
         with tempfile.TemporaryDirectory() as folder, self._exclusive:
             file = Path(folder) / f"{entry.image}.nii.gz"
             write_mask(file, label.mask, self.geometry_of(path), label.values)
             self._init_from_datastore_file()
-            former = self.get_label_info(entry.image, DefaultLabelTag.FINAL) if self.local_label(entry.image) else None
-            if former is not None and former.get("ts", 0) > info["ts"]:
-                self._keep(entry.image, file, info)
+            present = self._claim(entry.image)
+            if present is not None and (why := objection(claim, present)):
+                logger.warning("the %s %s of %s does not count: %s", entry.modality, entry.object, entry.image, why)
+                self._keep(entry.image, file, {**info, "remarks": [*info["remarks"], f"this does not count: {why}"]})
                 return
             self._write_label(entry.image, str(file), FINAL, info, made=info["ts"])
+
+    def _claim(self, image_id: str) -> Claim | None:
+        """What the label that counts can say for itself; None where there is none."""
+        path = self.local_label(image_id)
+        if path is None:
+            return None
+        info = self.get_label_info(image_id, FINAL)
+        names = values_from_label_info(info["label_info"]) if info.get("label_info") else {}
+        mask = read_label(path, self.geometry_of(self.image_path(image_id)))
+        return Claim.of("source" not in info, int(info.get("ts", 0)), _drawn(mask, names))
+
+    def _objects(self, image_id: str) -> set[str]:
+        """SOPInstanceUIDs of all labels of an image that are known here."""
+        return {str(version.info.get("object")) for version in self.label_versions(image_id)}
 
     def _usable(self) -> list[LabelEntry]:
         try:
@@ -305,32 +352,49 @@ class SafeDicomDatastore(SafeDatastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """As ``SafeDatastore.save_label``; a final label also becomes a DICOM SEG in the PACS.
 
-        It is stored here first. Where the PACS does not take it, or the mask is empty (a SEG cannot be), it stays here
-        and counts all the same; a remark says so.
+        It is stored here first. Where the PACS does not take it, it counts all the same and is sent again later; of an
+        empty mask there is no SEG. Remarks say so.
         """
         self.image_path(image_id)
-        with self._taking_in:
-            if str(getattr(label_tag, "value", label_tag)) == FINAL:
-                self.take_in(image_id)  # else it would count as newer than this label
-            return super().save_label(image_id, label_filename, label_tag, label_info)
+        if str(getattr(label_tag, "value", label_tag)) == FINAL:
+            self.take_in(image_id)  # what others have stored meanwhile is a version before this one
+        return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def _store_checked(self, image_id: str, file: str, tag: str, info: dict[str, Any], mask: np.ndarray) -> None:
-        super()._store_checked(image_id, file, tag, info, mask)
-        if tag != FINAL:
+        info.pop("source", None)  # with it, a label would count as another program's
+        seg = self._seg_of(image_id, mask, info) if tag == FINAL else None
+        if seg is None:
+            super()._store_checked(image_id, file, tag, info, mask)
             return
+        info |= {"object": str(seg.SOPInstanceUID), "series": str(seg.SeriesInstanceUID)}
+        waiting = self._outbox.put(seg)
+        try:
+            super()._store_checked(image_id, file, tag, info, mask)
+        except BaseException:
+            self._outbox.withdraw(waiting)
+            raise
+        try:
+            self._outbox.send(waiting)
+        except SamAdaptError as error:
+            logger.error("the label of %s is stored here, but not yet in the PACS: %s", image_id, error)
+            self._remark(f"the label is stored here and counts, but is not yet in the PACS, and is sent again: {error}")
+
+    def _seg_of(self, image_id: str, mask: np.ndarray, info: dict[str, Any]) -> Dataset | None:
+        """The DICOM SEG of a label; None, and a remark, where there can be none."""
         if not mask.any():
             self._remark("nothing is drawn: the empty label counts, but the PACS gets no DICOM SEG of it")
-            return
+            return None
         names = values_from_label_info(info["label_info"]) if info.get("label_info") else {}
+        number = len(self.label_versions(image_id)) + 1
         try:
-            seg = write_seg(mask, names, self.grid(image_id), self._headers(image_id), _maker(info))
-            self._pacs.store(seg)
-        except SamAdaptError as error:
-            logger.error("the label of %s is stored here, but not in the PACS: %s", image_id, error)
-            self._remark(f"the label is stored here and counts, but not in the PACS: {error}")
-            return
-        made = {"object": str(seg.SOPInstanceUID), "series": str(seg.SeriesInstanceUID)}
-        self.update_label_info(image_id, tag, made)
+            return write_seg(
+                mask, names, self.grid(image_id), self._headers(image_id), author_of(info), datetime.now(), number
+            )
+        # highdicom raises almost anything on odd attributes of the images; the label counts all the same.
+        except Exception as error:
+            logger.exception("no DICOM SEG can be made of the label of %s", image_id)
+            self._remark(f"the label counts, but no DICOM SEG can be made of it for the PACS: {error}")
+            return None
 
     def seg_file(self, series_dir: str, label: str, label_info: Any, use_itk: bool = True) -> str:
         """A mask as a DICOM SEG file, which the caller deletes; with the arguments of the host's converter.
@@ -361,6 +425,10 @@ def _grid_before_fetching(metadata: list[Dataset], uid: str) -> None:
     """Refuse what the attributes alone tell; a PACS may keep too few of them for that."""
     if not metadata:
         raise NotFoundError("the series is empty", where=f"series {uid}")
+    if len({str(one.get("PatientID") or "") for one in metadata}) > 1:
+        raise InputError(
+            "images of several patients in one series", where=f"series {uid}", remedy="Give each a series of its own."
+        )
     if all("Rows" in one and ("ImagePositionPatient" in one or "NumberOfFrames" in one) for one in metadata):
         series_grid(metadata, f"series {uid}")
 
@@ -379,18 +447,22 @@ def _without_pixels(image: Dataset) -> Dataset:
     return kept
 
 
-def _maker(info: Mapping[str, Any]) -> str | None:
-    return info.get("author") or info.get("client_id")
+def _drawn(mask: np.ndarray, names: Mapping[int, str]) -> list[str]:
+    """Names of the values that a mask holds."""
+    return [names.get(value, f"label {value}") for value in values_in(mask) - {0}]
 
 
 def _info_of(entry: LabelEntry) -> dict[str, Any]:
-    return {
+    """What is kept of a label from the PACS; only another program's has a ``source``."""
+    info = {
         "label_info": [{"name": name, "idx": value} for value, name in entry.names.items()],
         "ts": _seconds(entry.time),
         "object": entry.object,
         "series": entry.series,
-        "source": f"{entry.modality} in the PACS",
     }
+    if not entry.own:
+        return {**info, "source": f"{entry.modality} in the PACS"}
+    return {**info, "client_id": entry.creator} if entry.creator else info
 
 
 def _seconds(moment: str) -> int:

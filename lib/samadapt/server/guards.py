@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from monailabel.config import settings
 from monailabel.endpoints import activelearning, datastore, infer, train
@@ -28,6 +29,7 @@ from monailabel.utils.async_tasks.utils import processes
 
 from samadapt.activelearning.leases import somebody_at
 from samadapt.config import closest
+from samadapt.dicomweb import child
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.train import asked_for
@@ -65,11 +67,13 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     train.stop = _stop(train.stop, app)
     server.add_exception_handler(SamAdaptError, _answer)
     server.add_exception_handler(MONAILabelException, _answer_host)
+    server.add_exception_handler(RequestValidationError, _answer_malformed)
     versions.install(server, app.project, app.settings)
     endpoints.install(server, app)
     submissions.install(server, app)
     ohif.install(server, Path(app.app_dir))
     proxy.install()
+    child.watch()
     threads.install(server)
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     origins.install(server, allowed, loopback=_host() in origins.LOOPBACK, prefix=settings.MONAI_LABEL_API_STR)
@@ -109,6 +113,18 @@ async def _answer_host(request: Request, error: Exception) -> JSONResponse:
     logger.warning("%s %s: %s", request.method, request.url.path, error.msg)
     content = {"error": error.error.value, "what": error.msg, "where": request.url.path, "remedy": None}
     return JSONResponse(content, status_code=404 if clients else 500)
+
+
+async def _answer_malformed(request: Request, error: Exception) -> JSONResponse:
+    """What FastAPI finds wrong with a request's parts, in the form of all our errors."""
+    assert isinstance(error, RequestValidationError)
+    found = [(".".join(map(str, one["loc"][1:])) or str(one["loc"][0]), str(one["msg"])) for one in error.errors()]
+    what = "; ".join(f"{place}: {reason[:1].lower()}{reason[1:]}" for place, reason in found)
+    where = ", ".join(dict.fromkeys(place for place, _ in found))
+    remedy = f"GET /docs says what {request.method} {request.url.path} takes."
+    logger.warning("%s %s: %s", request.method, request.url.path, what)
+    content = {"error": "InputError", "what": what, "where": where, "remedy": remedy}
+    return JSONResponse(content, status_code=422)
 
 
 def _with_json_object(handler: Callable[..., Any]) -> Callable[..., Any]:

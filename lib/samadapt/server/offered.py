@@ -6,9 +6,8 @@ This is the only place that knows both names and both orders of voxels. Who name
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import numpy as np
 
 from samadapt.data.coverage import SLICES
 from samadapt.data.geometry import Geometry, turn_to_series
-from samadapt.data.volume import write_mask
 from samadapt.dicomweb import converted
+from samadapt.dicomweb.child import ADDRESS
 from samadapt.dicomweb.converted import Converted
-from samadapt.server.datastore import RAW, SafeDatastore, Version, in_order_of, sent_mask
+from samadapt.server.datastore import SafeDatastore, Version, in_order_of
+
+logger = logging.getLogger(__name__)
 
 
 class OfferedDatastore(SafeDatastore):
@@ -31,6 +32,15 @@ class OfferedDatastore(SafeDatastore):
         self._by_series: dict[str, Converted] = {}
         self._by_case: dict[str, Converted] = {}
         super().__init__(datastore_path, **host_options)
+
+    def begin(self) -> None:
+        """Say where OHIF's list of studies stays empty, and what to do about it."""
+        if ADDRESS not in os.environ:
+            logger.warning(
+                "OHIF shows no images of a folder that is served like this. To label in OHIF, start the server by: "
+                "samadapt serve --studies %s (3D Slicer works with either)",
+                self.folder,
+            )
 
     # ---- names
 
@@ -101,6 +111,9 @@ class OfferedDatastore(SafeDatastore):
         backwards = turn.steps[turn.native.acquisition_axis, 1] < 0
         return [count - 1 - number if backwards and 0 <= number < count else number for number in numbers]
 
+    def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
+        return {"series_slices": self.in_series(image_id, numbers)} if self.series_of(image_id) else {}
+
     def version_mask(self, image_id: str, version: Version) -> tuple[np.ndarray, Geometry]:
         """As the base class's; on the grid of the series where that is named."""
         mask, geometry = super().version_mask(image_id, version)
@@ -131,20 +144,14 @@ class OfferedDatastore(SafeDatastore):
         numbers = info.get(SLICES)
         if isinstance(numbers, list) and all(type(number) is int for number in numbers):
             info[SLICES] = sorted(self.in_series(record.case, numbers))
-        with self._on_grid_of_file(record, label_filename, info) as file:
-            return super().save_label(record.case, file, label_tag, info)
+        return super().save_label(image_id, label_filename, label_tag, info)
 
-    @contextmanager
-    def _on_grid_of_file(self, record: Converted, file: str, info: dict[str, Any]) -> Iterator[str]:
-        """An image file on the grid of the case's file, of raw voxels; image files say themselves where they lie."""
-        if not file.endswith(RAW):
-            yield file
-            return
-        turn = turn_to_series(self.geometry_of(self.image_path(record.case)))
-        mask = sent_mask(file, turn.turned.shape, record.series, info)
-        if (slices := info.pop("slices", None)) is not None:
-            mask = in_order_of(record.instances, mask, slices)
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "label.nii.gz"
-            write_mask(written, turn.back(mask), turn.native)
-            yield str(written)
+    def _shape_shown(self, name: str, geometry: Geometry) -> tuple[int, int, int]:
+        return turn_to_series(geometry).turned.shape if self.names_series(name) else geometry.shape
+
+    def _as_stored(self, name: str, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+        return turn_to_series(geometry).back(mask) if self.names_series(name) else mask
+
+    def _in_order(self, name: str, mask: np.ndarray, slices: Any) -> np.ndarray:
+        record = self._named(name)
+        return super()._in_order(name, mask, slices) if record is None else in_order_of(record.instances, mask, slices)

@@ -6,9 +6,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset
 from requests.adapters import HTTPAdapter
 
 from samadapt.data.dicom import NOT_IMAGES
-from samadapt.data.dicom_label import LABEL_MODALITIES, time_of
+from samadapt.data.dicom_label import LABEL_MODALITIES, creator_of, image_of, is_own, time_of
 from samadapt.data.dicom_seg import segment_names
 from samadapt.data.rtstruct import structure_names
 from samadapt.errors import InputError, NotFoundError, UnavailableError
@@ -31,11 +31,17 @@ FRESH_SECONDS = 30.0
 """So long a list of series is taken for true without asking again."""
 
 _NO_ANSWER_SECONDS = 60.0
+_STORED_BEFORE = 0x0111
+"""PS3.18 table I.2-2: there is such an instance already."""
 
 
 @dataclass(frozen=True)
 class SeriesEntry:
-    """One series as QIDO-RS lists it."""
+    """One series as QIDO-RS lists it.
+
+    Attributes:
+        shared: whether another study or another patient has a series of this UID, so that it does not tell them apart.
+    """
 
     uid: str
     study: str
@@ -43,6 +49,7 @@ class SeriesEntry:
     patient: str
     date: str
     images: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class LabelEntry:
         image: SeriesInstanceUID of the images it was drawn on; "" where it does not say.
         time: when it was drawn, "YYYYMMDDHHMMSS" in the time of its maker; "" where it does not say.
         names: value -> name.
+        own: whether samadapt has written it, so that it holds a label that a person submitted.
+        creator: who drew it; "" where it does not say.
         refused: why it cannot be a label; None as long as nothing speaks against it.
     """
 
@@ -67,6 +76,8 @@ class LabelEntry:
     image: str
     time: str
     names: dict[int, str]
+    own: bool
+    creator: str
     refused: str | None = None
 
 
@@ -124,15 +135,27 @@ class Pacs:
 
         Raises:
             NotFoundError: the PACS has no such series.
+            InputError: it has several.
         """
-        if known := self.series().get(uid):
-            return known
-        found = [entry for entry in self._search({"SeriesInstanceUID": uid}) if entry.uid == uid]
-        if not found or found[0].modality in NOT_IMAGES:
+        found = self.series().get(uid) or _by_uid(self._search({"SeriesInstanceUID": uid})).get(uid)
+        if found is None or found.modality in NOT_IMAGES:
             raise NotFoundError(
                 f"the PACS has no image series {uid}", where="image", remedy="Reload the study list in the viewer."
             )
-        return found[0]
+        if found.shared:
+            raise _ambiguous(uid)
+        return found
+
+    def check_unshared(self, uid: str) -> None:
+        """Refuse a series whose UID another one had, too, when the PACS was asked last.
+
+        Raises:
+            InputError: it had.
+        """
+        listed = self._listed
+        known = listed[1].get(uid) if listed else None
+        if known is not None and known.shared:
+            raise _ambiguous(uid)
 
     def metadata(self, series: SeriesEntry) -> list[Dataset]:
         """Attributes of every image of a series, as far as the PACS gives them without the pixels."""
@@ -154,14 +177,18 @@ class Pacs:
         """Store one object.
 
         Raises:
-            UnavailableError: it was not stored.
+            UnavailableError: it was not stored, because the PACS is away or refuses it.
         """
-        with answering(self.url):
-            answer = self._client.store_instances([dataset])
-        if failed := answer.get("FailedSOPSequence"):
-            raise UnavailableError(
-                f"the PACS refused the segmentation (reason {failed[0].get('FailureReason')})", where=self.url
-            )
+        try:
+            with answering(self.url):
+                answer = self._client.store_instances([dataset])
+        except UnavailableError as error:
+            if (status := _client_error(error)) is not None:
+                raise _refused(self.url, f"HTTP status {status}") from error
+            raise
+        failed = [item.get("FailureReason") for item in answer.get("FailedSOPSequence") or []]
+        if failed and failed != [_STORED_BEFORE]:
+            raise _refused(self.url, f"reason {failed[0]}")
         self.forget()
 
     def refuse(self, entry: LabelEntry, why: str) -> None:
@@ -180,7 +207,7 @@ class Pacs:
 
     def _ask(self) -> tuple[dict[str, SeriesEntry], dict[str, LabelEntry]]:
         everything = self._search({}) if self._wanted is None else self._search(self._wanted)
-        images = {entry.uid: entry for entry in everything if entry.modality not in NOT_IMAGES}
+        images = _by_uid([entry for entry in everything if entry.modality not in NOT_IMAGES])
         drawn = [entry for modality in LABEL_MODALITIES for entry in self._search({"Modality": modality})]
         labels = [label for entry in drawn if entry.modality in LABEL_MODALITIES for label in self._labels_of(entry)]
         ordered = sorted(labels, key=lambda label: (label.time, label.object))
@@ -215,6 +242,20 @@ class Pacs:
         write_json(self._folder / f"{entry.object}.json", asdict(entry))
 
 
+def _client_error(error: Exception) -> int | None:
+    """The status 4xx that an answer of the PACS had; None where it had none."""
+    response = getattr(error.__cause__, "response", None)
+    return response.status_code if response is not None and 400 <= response.status_code < 500 else None
+
+
+def _refused(where: str, why: str) -> UnavailableError:
+    return UnavailableError(
+        f"the PACS refused the segmentation ({why})",
+        where=where,
+        remedy="Its own log says why: its rights to write, its disk, or a rule of its own.",
+    )
+
+
 def wanted_by_person() -> dict[str, Any] | None:
     """The host's search filter if somebody has set it; its default (CT alone) is nobody's wish."""
     name = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
@@ -235,6 +276,23 @@ class _Impatient(HTTPAdapter):
         return super().send(request, *args, **{**options, "timeout": options.get("timeout") or _NO_ANSWER_SECONDS})
 
 
+def _by_uid(entries: Iterable[SeriesEntry]) -> dict[str, SeriesEntry]:
+    found: dict[str, SeriesEntry] = {}
+    for entry in entries:
+        first = found.setdefault(entry.uid, entry)
+        if (first.study, first.patient) != (entry.study, entry.patient):
+            found[entry.uid] = replace(first, shared=True)
+    return found
+
+
+def _ambiguous(uid: str) -> InputError:
+    return InputError(
+        "several studies or patients in the PACS have a series of this UID, so that a label could go to the wrong one",
+        where=f"series {uid}",
+        remedy="Let the PACS's administrator give one of them another UID.",
+    )
+
+
 def _entry(found: Dataset) -> SeriesEntry:
     return SeriesEntry(
         uid=str(found.get("SeriesInstanceUID", "")),
@@ -253,18 +311,9 @@ def _label(series: SeriesEntry, found: Dataset) -> LabelEntry:
         series=series.uid,
         study=series.study,
         modality=series.modality,
-        image=_image_of(found),
+        image=image_of(found),
         time=time_of(found),
         names=read(found),
+        own=is_own(found),
+        creator=creator_of(found),
     )
-
-
-def _image_of(label: Dataset) -> str:
-    """SeriesInstanceUID of the images that a SEG or RTSTRUCT was drawn on."""
-    for series in label.get("ReferencedSeriesSequence") or []:
-        return str(series.get("SeriesInstanceUID") or "")
-    for frame in label.get("ReferencedFrameOfReferenceSequence") or []:
-        for study in frame.get("RTReferencedStudySequence") or []:
-            for series in study.get("RTReferencedSeriesSequence") or []:
-                return str(series.get("SeriesInstanceUID") or "")
-    return ""
