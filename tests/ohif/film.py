@@ -25,16 +25,16 @@ from samadapt.data.volume import read_label, read_volume  # noqa: E402
 from serving import ServeCommand  # noqa: E402
 from viewing import Viewer, browser  # noqa: E402
 
-LABELLED = 3
+LABELLED = 4
 SHOWN = {"labelled": "ohif-label", "training": "ohif-training", "mask": "ohif-mask"}
 CAPTIONS = {
     "labelled": "A case is labelled with brush and clicks",
     "submitted": "Submit label: it is safe, and counts from now on",
     "next": "Next sample: the image whose label teaches most, and why",
-    "training": "Update model: progress, and Dice on held-out cases",
+    "training": "Update model: the training and its progress",
     "mask": "Segment: the model's mask of a case that nobody has labelled",
 }
-CONF = (("max_train_minutes", "3"), ("image_size", "64"))
+CONF = (("max_train_minutes", "2"), ("image_size", "64"))
 TRAINING_MS = 900_000
 FRAME_MS = 3000
 FILM_WIDTH = 1000
@@ -45,7 +45,7 @@ BACKGROUND = "#0b1d38"
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, browser() as chromium:
         work = Path(scratch)
-        cohort = generate.generate(work / "studies", cases=LABELLED + 1, progress=iter)
+        cohort = generate.generate(work / "studies", cases=LABELLED + 2, progress=iter)
         server = ServeCommand(cohort.folder, *CONF).start()
         try:
             film(play(Viewer(chromium, server.url, "film"), cohort))

@@ -32,6 +32,9 @@ CONF = (
     ("embed_ahead", "false"),
 )
 TRAINING_MS = 240_000
+LOADING_MS = 120_000
+"""The first click waits for the model."""
+
 BALLS = {f"1.2.826.0.1.3680043.8.498.{n}": n for n in (1, 2, 3, 4)}
 """Series of as many patients, in the order in which the ledger takes them: the fourth is held out."""
 
@@ -167,7 +170,7 @@ def test_clicks_in_3d(viewer):
     viewer.go_to(voxel[2])
     viewer.press("Click: 3D")
     viewer.point(voxel)
-    viewer.says("Done")
+    viewer.says("Done", LOADING_MS)
     found = viewer.voxels() == viewer.names()["tumour"]
     viewer.picture("click-3d")
     print(f"Dice after one click: {dice(found, truth):.2f}")
