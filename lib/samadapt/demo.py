@@ -409,7 +409,7 @@ def _next_steps(outcome: Outcome) -> list[str]:
         f"Now you, in OHIF: {_ohif(outcome)}",
         f"1. Click on a case that is not labelled ({', '.join(outcome.free)}), then on MONAI Label.",
         "2. In the panel samadapt: Segment; correct the mask with the brush; Submit label.",
-        "3. Update model. The bar shows the training; Next sample opens the next case with what it has learned.",
+        "3. Update model: it goes on from the demo's. Then Next sample, and Segment, for a case that nobody labelled.",
         "",
         f"3D Slicer, module MONAI Label: connect to {outcome.url}. Your own images:",
         f"  {program} serve --studies YOUR_FOLDER --conf labels=first,second",
