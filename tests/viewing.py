@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import requests
+
+from serving import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -238,3 +242,26 @@ class Viewer:
         yield
         if key:
             self.page.keyboard.up(key)
+
+
+def stored(server: Server, series: str, folder: Path) -> tuple[nibabel.Nifti1Image, dict[str, int], dict[str, Any]]:
+    """The label as training reads it: image, name -> value, and what else is known of it."""
+    asked = {"label": series, "tag": "final"}
+    reply = requests.get(f"{server.url}/datastore/label", params=asked, timeout=60)
+    reply.raise_for_status()
+    path = folder / f"{series}.nii.gz"
+    path.write_bytes(reply.content)
+    info = requests.get(f"{server.url}/datastore/label/info", params=asked, timeout=60).json()
+    return nibabel.load(path), {entry["name"]: entry["idx"] for entry in info["label_info"]}, info
+
+
+def assert_arrived(viewer: Viewer, server: Server, folder: Path) -> dict[str, Any]:
+    """What is in the store equals what the page shows: voxel for voxel, name for name, place for place."""
+    image, names, info = stored(server, viewer.series, folder)
+    shown = viewer.voxels()
+    assert names == viewer.names()
+    assert np.array_equal(np.asarray(image.dataobj), shown)
+    for voxel in ([0, 0, 0], [shown.shape[0] - 1, 3, 5]):
+        place = np.array([-1, -1, 1]) * nibabel.affines.apply_affine(image.affine, voxel)  # to DICOM's directions
+        assert place == pytest.approx(viewer.world(voxel), abs=0.01)
+    return info

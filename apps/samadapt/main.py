@@ -173,12 +173,16 @@ class SamAdaptApp(MONAILabelApp):
     def infer_wsi(self, request: Dict[str, Any], datastore: Optional[Any] = None):  # noqa: UP006, UP045
         raise InputError("there is no whole-slide model", where="/infer/wsi", remedy="Use POST /infer/samadapt.")
 
+    def forget_lists(self):
+        """Something was stored: what the PACS holds is asked for anew."""
+        if isinstance(self.datastore(), SafeDicomDatastore):
+            self.datastore().forget_lists()
+
     def on_save_label(self, image_id: str, label_id: str):
         """Take up new label names; tell the annotator what looks odd about the label."""
         image_id = self.datastore().known_id(image_id)
         super().on_save_label(image_id, label_id)
-        if isinstance(self.datastore(), SafeDicomDatastore):
-            self.datastore().forget_lists()
+        self.forget_lists()
         self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
         self.label_source.learn_from(self.datastore())

@@ -121,7 +121,7 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port (default: 8000, or the next free one).")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, max=60, help="Longest training, in minutes.")] = 2.5,
+    minutes: Annotated[float, typer.Option(min=0.05, max=60, help="Longest training, in minutes.")] = 1.25,
     as_json: Json = False,
 ) -> None:
     """Play the loop once on sample data: label, train, see it improve. Then keep the server up."""

@@ -61,6 +61,7 @@ class Outcome:
     """What one run of the loop found; figures are means over the judged volumes, per structure.
 
     Attributes:
+        free: volumes that are neither labelled nor judged: the reader's, to label in a viewer.
         before: Dice of the automatic masks before any training.
         boxes: Dice of the plain model given a person's box around each structure, on one slice of one volume.
         after: Dice of the automatic masks after training.
@@ -70,6 +71,7 @@ class Outcome:
     url: str
     labelled: list[str] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)
+    free: list[str] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     boxes: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -102,7 +104,7 @@ class Demo:
         StateError: the port is taken, another demo runs in the folder, or the server does not start.
     """
 
-    def __init__(self, folder: Path, out: Terminal, port: int | None = None, minutes: float = 2.5) -> None:
+    def __init__(self, folder: Path, out: Terminal, port: int | None = None, minutes: float = 1.25) -> None:
         self._folder = folder.resolve()
         self._out = out
         self._port = _port(port)
@@ -171,7 +173,8 @@ class Demo:
             outcome.labelled.append(image)
             say(f"   {image} submitted{_warning(reply)}")
             image = self._next()
-        outcome.judged = [case for case in sorted(self._images) if case not in outcome.labelled][-JUDGED:]
+        unlabelled = [case for case in sorted(self._images) if case not in outcome.labelled]
+        outcome.free, outcome.judged = unlabelled[:-JUDGED], unlabelled[-JUDGED:]
         shown = self._best_to_show(outcome.judged)
 
         say(f"\n3. Before training, on {', '.join(outcome.judged)}, which nobody labels:")
@@ -184,7 +187,9 @@ class Demo:
         outcome.boxes = dice(boxed, truth[..., k], self._labels)
         say(f"   a person's box around each structure, one slice: {figure(mean(outcome.boxes.values()))}")
 
-        say(f"\n4. Training on the {ANNOTATED} labels, at most {self._minutes:g} minutes (POST, then GET /train/):")
+        say(f"\n4. Training on the {ANNOTATED} labels, at most {self._minutes:g} minutes (POST, then GET /train/).")
+        say(f"   You need not wait: open {_ohif(outcome)}, click on one of {', '.join(outcome.free)},")
+        say("   then on MONAI Label, and begin to label it (Click: 3D marks an object).")
         outcome.training_seconds = self._train()
         outcome.training_steps = int(Project(self._run / "studies").status().get("step", 0))
         say(f"   {outcome.training_steps} steps, {outcome.training_seconds:.0f} s with start and checks")
@@ -388,6 +393,10 @@ def _warning(reply: dict[str, Any]) -> str:
     return f" (the server remarks: {warnings})" if warnings else ""
 
 
+def _ohif(outcome: Outcome) -> str:
+    return f"{outcome.url}/ohif/"
+
+
 def _next_steps(outcome: Outcome) -> list[str]:
     studies = outcome.folder / "studies"
     installed = Path(sys.executable).parent / "samadapt"
@@ -397,10 +406,10 @@ def _next_steps(outcome: Outcome) -> list[str]:
         f"Server:    {outcome.url} (every request, to try out); models and progress: {outcome.url}/info/",
         f"Log:       {outcome.folder / 'server.log'}",
         "",
-        f"Now you, in OHIF: {outcome.url}/ohif/",
-        f"1. Click on a case that is not labelled ({', '.join(outcome.judged)}), then on MONAI Label.",
+        f"Now you, in OHIF: {_ohif(outcome)}",
+        f"1. Click on a case that is not labelled ({', '.join(outcome.free)}), then on MONAI Label.",
         "2. In the panel samadapt: Segment; correct the mask with the brush; Submit label.",
-        "3. Update model. The bar shows the training; Next sample opens the next case with what it has learned.",
+        "3. Update model: it goes on from the demo's. Then Next sample, and Segment, for a case that nobody labelled.",
         "",
         f"3D Slicer, module MONAI Label: connect to {outcome.url}. Your own images:",
         f"  {program} serve --studies YOUR_FOLDER --conf labels=first,second",

@@ -2,7 +2,7 @@
 
     PYTHONPATH=lib:tests python tests/ohif/film.py
 
-makes sample volumes, turns them into DICOM series, plays the loop in a browser, and writes docs/ohif-*.png and
+makes sample volumes, serves them as `samadapt serve` does, plays the loop in a browser, and writes docs/ohif-*.png and
 docs/ohif-loop.webp.
 """
 
@@ -12,80 +12,56 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from PIL import Image
-from pydicom.uid import generate_uid
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "sample-data"), str(ROOT / "tests"), str(ROOT / "lib")]
 
 import generate  # noqa: E402
 
-from make_dicom import write_stack  # noqa: E402
-from pacs import make  # noqa: E402
-from serving import PacsServer  # noqa: E402
+from samadapt.data.geometry import turn_to_series  # noqa: E402
+from samadapt.data.volume import read_label, read_volume  # noqa: E402
+from serving import ServeCommand  # noqa: E402
 from viewing import Viewer, browser  # noqa: E402
 
-MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-LABELS = "lateral_ventricles,deep_grey_nuclei,brain_stem,cerebellum"
+LABELLED = 4
 SHOWN = {"labelled": "ohif-label", "training": "ohif-training", "mask": "ohif-mask"}
-TRAINING_MS = 600_000
-FRAME_MS = 1800
+CAPTIONS = {
+    "labelled": "A case is labelled with brush and clicks",
+    "submitted": "Submit label: it is safe, and counts from now on",
+    "next": "Next sample: the image whose label teaches most, and why",
+    "training": "Update model: the training and its progress",
+    "mask": "Segment: the model's mask of a case that nobody has labelled",
+}
+CONF = (("max_train_minutes", "2"), ("image_size", "64"))
+TRAINING_MS = 900_000
+FRAME_MS = 3000
 FILM_WIDTH = 1000
-
-
-def as_dicom(nifti: Path, folder: Path, patient: str) -> None:
-    """A NIfTI volume as an axial MR series; the head's oblique pose is left out, as it is not what is shown."""
-    image = nibabel.as_closest_canonical(nibabel.load(nifti))
-    voxels = np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)  # DICOM's axes; slices, rows, columns
-    # DICOM keeps numbers as 16 characters
-    across, down, between = (round(float(size), 3) for size in image.header.get_zooms()[:3])
-    write_stack(
-        folder,
-        voxels.astype(np.int16),
-        [(0.0, 0.0, round(k * between, 3)) for k in range(len(voxels))],
-        SOPClassUID=MR_IMAGE,
-        Modality="MR",
-        PatientID=patient,
-        PatientName=patient,
-        StudyInstanceUID=generate_uid(),
-        FrameOfReferenceUID=generate_uid(),
-        PixelSpacing=[down, across],
-        SliceThickness=between,
-    )
-
-
-def truth(nifti: Path) -> np.ndarray:
-    """The true label of a sample volume on its DICOM series' grid."""
-    image = nibabel.as_closest_canonical(nibabel.load(nifti))
-    return np.asarray(image.dataobj)[::-1, ::-1].astype(np.uint8)
+CAPTION_HEIGHT = 44
+BACKGROUND = "#0b1d38"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, browser() as chromium:
         work = Path(scratch)
-        cohort = generate.generate(work / "studies", cases=4, progress=iter)
-        names = sorted(path.name.removesuffix(".nii.gz") for path in cohort.folder.glob("case_*.nii.gz"))
-        for name in names:
-            as_dicom(cohort.folder / f"{name}.nii.gz", work / "dicom" / name, name)
-        pacs = make("embedded").start()
-        pacs.upload(work / "dicom")
-        server = PacsServer(pacs.url, work / "server", ("labels", LABELS), ("max_train_minutes", "1.2")).start()
+        cohort = generate.generate(work / "studies", cases=LABELLED + 2, progress=iter)
+        server = ServeCommand(cohort.folder, *CONF).start()
         try:
-            film(play(Viewer(chromium, server.url, "film"), names, cohort.truth))
+            film(play(Viewer(chromium, server.url, "film"), cohort))
         finally:
             server.stop()
-            pacs.stop()
 
 
-def play(viewer: Viewer, names: list[str], truths: Path) -> dict[str, Path]:
+def play(viewer: Viewer, cohort: generate.Cohort) -> dict[str, Path]:
     """The loop; a picture of each of its stations."""
     pictures = {}
-    for name in names[:3]:
+    for name in sorted(cohort.images)[:LABELLED]:
+        truth = true_label(cohort, name)
         viewer.open(name)
-        draw(viewer, truth(truths / f"{name}.nii.gz"))
-        viewer.go_to(12)
+        draw(viewer, truth, cohort.labels)
+        viewer.go_to(fullest_slice(truth))
+        wait_for_a_clear_view(viewer)
         pictures["labelled"] = viewer.picture("labelled")
         viewer.press("Submit label")
         viewer.says("The label is safe")
@@ -93,6 +69,8 @@ def play(viewer: Viewer, names: list[str], truths: Path) -> dict[str, Path]:
     with viewer.page.expect_navigation():
         viewer.press("Next sample")
     viewer.wait_until_connected()
+    viewer.panel.locator(".samadapt-reason p").wait_for()
+    wait_for_a_clear_view(viewer)
     pictures["next"] = viewer.picture("next")
     viewer.press("Update model")
     progress = viewer.panel.locator(".samadapt-progress").element_handle()
@@ -102,15 +80,33 @@ def play(viewer: Viewer, names: list[str], truths: Path) -> dict[str, Path]:
     viewer.says("The training has ended", TRAINING_MS)
     viewer.press("Segment")
     viewer.says("Mask of")
-    viewer.go_to(12)
+    viewer.go_to(fullest_slice(viewer.voxels()))
     pictures["mask"] = viewer.picture("mask")
     return pictures
 
 
-def draw(viewer: Viewer, label: np.ndarray) -> None:
+def wait_for_a_clear_view(viewer: Viewer) -> None:
+    """Until OHIF's messages no longer cover a corner."""
+    viewer.page.get_by_text("Connected to MONAI Label").first.wait_for(state="hidden")
+
+
+def true_label(cohort: generate.Cohort, name: str) -> np.ndarray:
+    """(I,J,K): the true label of a sample volume on the grid of the series that OHIF shows."""
+    geometry = read_volume(cohort.images[name]).geometry
+    return turn_to_series(geometry).forward(read_label(cohort.truths[name], geometry))
+
+
+def fullest_slice(mask: np.ndarray) -> int:
+    """The k in which most structures are drawn; of several, the one with most voxels."""
+    return max(range(mask.shape[2]), key=lambda k: (np.unique(mask[..., k]).size, np.count_nonzero(mask[..., k])))
+
+
+def draw(viewer: Viewer, label: np.ndarray, values: dict[str, int]) -> None:
     """The page numbers structures by the alphabet; the sample data by labels.json."""
-    values = np.array([0, *(viewer.names()[name] for name in LABELS.split(","))], np.uint8)
-    viewer.draw(values[label])
+    table = np.zeros(256, np.uint8)
+    for name, value in values.items():
+        table[value] = viewer.names()[name]
+    viewer.draw(table[label])
 
 
 def film(pictures: dict[str, Path]) -> None:
@@ -119,12 +115,18 @@ def film(pictures: dict[str, Path]) -> None:
     for station, name in SHOWN.items():
         few_colours = Image.open(pictures[station]).convert("P", palette=Image.Palette.ADAPTIVE)
         few_colours.save(docs / f"{name}.png", optimize=True)
-    first, *others = [small(Image.open(path)) for path in pictures.values()]
-    first.save(docs / "ohif-loop.webp", save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=70)
+    first, *others = [captioned(Image.open(path), CAPTIONS[station]) for station, path in pictures.items()]
+    first.save(docs / "ohif-loop.webp", save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=80)
 
 
-def small(image: Image.Image) -> Image.Image:
-    return image.convert("RGB").resize((FILM_WIDTH, round(image.height * FILM_WIDTH / image.width)))
+def captioned(image: Image.Image, words: str) -> Image.Image:
+    """The picture, smaller, below its caption."""
+    height = round(image.height * FILM_WIDTH / image.width)
+    sheet = Image.new("RGB", (FILM_WIDTH, height + CAPTION_HEIGHT), BACKGROUND)
+    sheet.paste(image.convert("RGB").resize((FILM_WIDTH, height), Image.Resampling.LANCZOS), (0, CAPTION_HEIGHT))
+    place = (FILM_WIDTH // 2, CAPTION_HEIGHT // 2)
+    ImageDraw.Draw(sheet).text(place, words, fill="white", anchor="mm", font=ImageFont.load_default(size=22))
+    return sheet
 
 
 if __name__ == "__main__":

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
-import nibabel
 import numpy as np
-import pydicom
 import pytest
 import requests
-from pydicom.uid import generate_uid
 
 from pacs import pacs
+from real_series import CT, DATA, MR, as_somebody_else, dice, stack, truth_of, voxel_of, written
 from serving import PacsServer
-from viewing import Viewer, browser
+from viewing import Viewer, assert_arrived, browser
 
 __all__ = ["pacs"]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser, pytest.mark.requires_data]
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-CT = DATA / "dicom_ct_rtstruct"
-MR = DATA / "dicom_sts_mr_rtstruct"
 HALF = 30
 """The CT series shows its tumour in slices 17 to 42: cut in two, it makes two patients with a tumour each."""
 
@@ -43,35 +37,6 @@ def chromium():
         pytest.skip("the data sets in ../shared/data are not here")
     with browser() as running:
         yield running
-
-
-def stack(folder):
-    """The images of a series from foot to head, as slices k of the volume lie."""
-    images = [pydicom.dcmread(path) for path in sorted(folder.glob("*.dcm"))]
-    return sorted(images, key=lambda image: float(image.ImagePositionPatient[2]))
-
-
-def as_somebody_else(images, patient):
-    """The same images as another patient's study."""
-    study, series = generate_uid(), generate_uid()
-    for image in images:
-        image.PatientName = image.PatientID = patient
-        image.StudyInstanceUID, image.SeriesInstanceUID = study, series
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    return images
-
-
-def written(images, folder):
-    folder.mkdir()
-    for n, image in enumerate(images):
-        image.save_as(folder / f"{n:03}.dcm", write_like_original=False)
-    return folder
-
-
-def truth_of(folder):
-    """The tumour, (I,J,K)."""
-    (file,) = (folder / "labels").glob("*.nii.gz")
-    return np.asarray(nibabel.load(file).dataobj) > 0
 
 
 @pytest.fixture
@@ -94,41 +59,6 @@ def viewer(chromium, server, pacs, request):
         made.picture("failed")
     made.page.context.close()
     assert made.errors == []
-
-
-def stored(server, series, folder):
-    """The label as training reads it: image, and name -> value."""
-    reply = requests.get(f"{server.url}/datastore/label", params={"label": series, "tag": "final"}, timeout=60)
-    reply.raise_for_status()
-    path = folder / f"{series}.nii.gz"
-    path.write_bytes(reply.content)
-    info = requests.get(
-        f"{server.url}/datastore/label/info", params={"label": series, "tag": "final"}, timeout=60
-    ).json()
-    return nibabel.load(path), {entry["name"]: entry["idx"] for entry in info["label_info"]}, info
-
-
-def assert_arrived(viewer, server, folder):
-    """What is in the store equals what the page shows: voxel for voxel, name for name, place for place."""
-    image, names, info = stored(server, viewer.series, folder)
-    shown = viewer.voxels()
-    assert names == viewer.names()
-    assert np.array_equal(np.asarray(image.dataobj), shown)
-    for voxel in ([0, 0, 0], [shown.shape[0] - 1, 3, 5]):
-        place = np.array([-1, -1, 1]) * nibabel.affines.apply_affine(image.affine, voxel)  # to DICOM's directions
-        assert place == pytest.approx(viewer.world(voxel), abs=0.01)
-    return info
-
-
-def dice(a, b):
-    return 2 * (a & b).sum() / (a.sum() + b.sum())
-
-
-def voxel_of(mask):
-    """A voxel in the middle of the slice that shows most of a mask."""
-    k = int(mask.sum(axis=(0, 1)).argmax())
-    i, j = (int(np.median(index)) for index in np.nonzero(mask[:, :, k]))
-    return [i, j, k]
 
 
 def train(viewer):

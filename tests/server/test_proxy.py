@@ -74,12 +74,18 @@ def test_the_query_comes_through(served):
     assert requests.get(f"{search}?PatientID=X*", timeout=30).json() == []
 
 
+def images_of(server):
+    return requests.get(f"{server.url}/info/", timeout=30).json()["datastore"]["total"]
+
+
 @pytest.mark.e2e
 def test_instances_are_stored_through_it(served, tmp_path):
     tags = {"StudyInstanceUID": "1.2.9", "SeriesInstanceUID": generate_uid()}
     write_stack(tmp_path / "new", np.zeros((2, 4, 4), np.int16), [(0, 0, 0), (0, 0, 1)], **tags)
+    before = images_of(served)
     DICOMwebClient(f"{served.url}/proxy/dicom/stow").store_instances([dcmread(p) for p in (tmp_path / "new").iterdir()])
     assert len(DICOMwebClient(served.pacs.url).search_for_instances("1.2.9")) == 2
+    assert images_of(served) == before + 1  # at once, although lists are kept for a while
 
 
 @pytest.mark.e2e

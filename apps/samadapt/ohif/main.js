@@ -51,7 +51,8 @@ function place() {
 
 /** Connect the bundled panel, which makes the segmentation, and tell ours which series is on the screen. */
 function follow() {
-  if (!viewer.maskVolume()) return connect();
+  connect();
+  if (!viewer.maskVolume()) return undefined;
   viewer.keepNames();
   viewer.shareColors();
   if (!listening) {
@@ -66,6 +67,7 @@ function follow() {
 
 let connected = null;
 
+/** Each bundled panel once: OHIF makes another one when it is folded away and shown again. */
 function connect() {
   const pressable = document.querySelector(`${BUNDLED} .settingsTable button`);
   if (!pressable || connected === pressable) return;

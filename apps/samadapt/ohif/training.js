@@ -64,7 +64,8 @@ function makeView() {
 function showProgress(view, stats, running) {
   view.bar.value = running || stats.state === 'done' ? (stats.epoch || 0) / (stats.total_epochs || 1) : 0;
   const loss = stats.train?.metrics?.loss;
-  view.progress.textContent = [stats.message, running && loss ? `loss ${loss.toFixed(3)}` : ''].filter(Boolean).join(', ');
+  const message = stats.refused ? '' : stats.message; // the reason of a refusal stands below
+  view.progress.textContent = [message, running && loss ? `loss ${loss.toFixed(3)}` : ''].filter(Boolean).join(', ');
   view.dice.textContent = stats.best_metric ? `Held-out Dice: ${stats.best_metric.toFixed(2)}` : '';
   view.refused.textContent = stats.refused ? `Not put in service: ${reasonOf(stats.refused)}` : '';
 }

@@ -72,7 +72,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     endpoints.install(server, app)
     submissions.install(server, app)
     ohif.install(server, Path(app.app_dir))
-    proxy.install()
+    proxy.install(stored=app.forget_lists)
     child.watch()
     threads.install(server)
     allowed = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from urllib.parse import quote
 
 import httpx
@@ -29,6 +29,7 @@ RESOURCES = ("studies", "series", "instances", "bulkdata")
 """What DICOMweb addresses begin with."""
 
 CONNECT_S = 5.0
+BAD_REQUEST = 400
 _SEGMENT = re.compile(r"(?!\.{1,2}$)[\w.,:@+ -]+", re.ASCII)
 _TO_PACS = ("accept", "accept-encoding", "accept-language", "content-type", "content-length", "if-none-match")
 _FROM_PACS = ("content-type", "content-encoding", "content-length", "etag", "last-modified", "warning", "retry-after")
@@ -46,14 +47,21 @@ class PacsSlowError(SamAdaptError):
     http_status = 504
 
 
-def install() -> None:
-    """Put this proxy in the place of the host's."""
+def install(stored: Callable[[], None]) -> None:
+    """Put this proxy in the place of the host's.
+
+    Args:
+        stored: called when the PACS has taken something, before OHIF hears of it.
+    """
     client = httpx.AsyncClient(
         timeout=httpx.Timeout(settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT, connect=CONNECT_S), follow_redirects=False
     )
 
     async def pass_on(request: Request, op: str, path: str) -> StreamingResponse:
-        return await _pass_on(client, request, op, path)
+        answer = await _pass_on(client, request, op, path)
+        if request.method == "POST" and answer.status_code < BAD_REQUEST:
+            stored()
+        return answer
 
     proxy.proxy_dicom = pass_on
 
