@@ -92,6 +92,25 @@ def test_equal_may_and_worse_may_not_and_both_figures_are_told(published, monkey
     assert verdict.figures["held_out"]["difference"]["mean"] == pytest.approx(better)
 
 
+@pytest.mark.parametrize(
+    ("bright", "dark", "may"),
+    [
+        ((0.8, 0.3), (0.0, 1.0), False),  # the mean rises, but who labels "bright" would have to begin anew
+        ((0.8, 0.3), (0.0, NAN), False),  # "dark" is nowhere: that it is no longer found there does not outweigh it
+        ((0.8, 0.65), (0.3, 0.9), True),
+        ((0.8, 0.8), (0.3, 0.3), True),
+        ((NAN, NAN), (0.3, 0.3), True),
+    ],
+)
+def test_one_structure_is_not_given_up_for_a_better_mean(published, monkeypatch, bright, dark, may):
+    old, new = ({"a": {"bright": b, "dark": d}} for b, d in zip(bright, dark, strict=True))
+    monkeypatch.setattr(gate, "measure_cases", lambda *args: (old, {}))
+    verdict = judge(Measured(new), HELD_OUT[:1], LABELS, AppConfig(), published())
+    assert verdict.published is may
+    if not may:
+        assert "bright (0.800 before, 0.300 now)" in verdict.reason
+
+
 def test_one_case_is_said_to_give_no_interval(published, monkeypatch):
     monkeypatch.setattr(gate, "measure_cases", lambda *args: ({"a": {"bright": 0.5, "dark": 0.5}}, {}))
     new = Measured({"a": {"bright": 0.4, "dark": 0.4}})

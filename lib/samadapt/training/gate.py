@@ -43,6 +43,10 @@ CLEARLY_WORSE_OF_ANOTHER_KIND = 0.6
 SMALLEST_LOSS = 0.05
 """Difference of two cross-validated Dice below which nothing is clear."""
 
+MUCH_WORSE = 0.2
+"""Mean Dice of one structure, over the held-out cases in which it can be measured, that a candidate may lose where its
+mean over all structures is higher: what annotators rely on must not be given up for a better mean."""
+
 ROUNDING = 1e-9
 
 CaseDice = dict[str, dict[str, float]]
@@ -163,7 +167,8 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the published model, on the same held-out cases.
 
-    The published one stays where its mean over the cases is higher. Compared are the candidate's classes; one that the
+    The published one stays where its mean over the cases is higher, or one structure is found much better by it
+    (``MUCH_WORSE``). Compared are the candidate's classes; one that the
     published model does not know counts where a case shows it. Where the published model's file cannot be used any
     more, the one before takes its place. Where nothing is held out, the published one stays where its own
     cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
@@ -213,7 +218,21 @@ def _by_held_out(own: CaseDice, other: CaseDice, current: str, new: Collection[s
     record = {"held_out": {"candidate": asdict(after), "published": asdict(before), "difference": asdict(difference)}}
     if difference.mean < -ROUNDING:
         return Verdict(False, f"not published, it is worse: {figures}", current, record)
+    if lost := _much_worse(own, other):
+        return Verdict(False, f"not published, it finds {lost} much worse than {current}: {figures}", current, record)
     return Verdict(True, f"published: {figures}", current, record)
+
+
+def _much_worse(own: CaseDice, other: CaseDice) -> str:
+    """The structures that lose more than ``MUCH_WORSE``, with both figures; empty where none does."""
+    lost = []
+    for name in dict.fromkeys(name for scores in own.values() for name in scores):
+        both = np.array([(scores[name], other[case][name]) for case, scores in own.items()])
+        both = both[~np.isnan(both).any(axis=1)]
+        after, before = both.mean(axis=0) if len(both) else (0.0, 0.0)
+        if before - after > MUCH_WORSE:
+            lost.append(f"{name} ({before:.3f} before, {after:.3f} now)")
+    return ", ".join(lost)
 
 
 def _by_cross_validation(own: CrossValidation | None, labels: LabelMap, rivals: Sequence[Path]) -> Verdict:
