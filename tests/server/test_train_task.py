@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,19 @@ def test_why_a_candidate_was_refused_is_shown(task, tmp_path):
     reason = "not published, it is worse: held-out Dice 0.200, v0001 has 0.500"
     Project(tmp_path).write_status(state="done", message=reason, refused=reason, started=1.0, seconds=2.0)
     assert task.stats()["message"] == task.stats()["refused"] == reason
+
+
+def test_a_training_has_ended_when_the_next_one_can_start(task, tmp_path, monkeypatch):
+    """Its last record is there before its process is gone; who trains again at once would be refused."""
+    Project(tmp_path).write_status(state="done", message="published", started=time.time(), epoch=20, total_epochs=20)
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - 60))
+    host = [{"status": "RUNNING", "start_ts": started}]
+    monkeypatch.setattr("samadapt.server.train.tasks", lambda kind: host)
+    assert task.stats()["state"] == "running"
+    assert "total_time" not in task.stats()
+    host[0]["status"] = "DONE"
+    assert task.stats()["state"] == "done"
+    assert "total_time" in task.stats()
 
 
 def test_progress_can_be_sent_when_a_structure_could_not_be_measured(task, tmp_path):

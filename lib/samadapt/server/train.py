@@ -111,8 +111,10 @@ class TrainSamAdapt(TrainTask):
         if _about_to_start(status):
             return {**record, "epoch": 0, "message": "starting", "state": "running"}
         elapsed = str(datetime.timedelta(seconds=int(status.get("seconds", 0))))
-        # A training that has written its last record takes a moment to end; its bar stays full that long.
-        record["current_time" if record["state"] == "running" or asked_for() else "total_time"] = elapsed
+        # A training that has written its last record takes a moment to end, and until then the host refuses the next.
+        if asked_for():
+            record["state"] = "running"
+        record["current_time" if record["state"] == "running" else "total_time"] = elapsed
         if status.get("loss") is not None:
             record["train"] = {"metrics": {"loss": status["loss"]}}
         if status:
