@@ -35,7 +35,7 @@ def write_image(path: Path, pixels: np.ndarray, position: Sequence[float] | None
 
 def write_stack(folder: Path, volume: np.ndarray, positions: Sequence[Sequence[float]], **tags: Any) -> Path:
     """A series: ``volume`` (slices, rows, columns), one file a slice, named in the order given."""
-    tags = {"SeriesInstanceUID": generate_uid(), **tags}
+    tags = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid(), **tags}
     for n, (pixels, position) in enumerate(zip(volume, positions, strict=True)):
         write_image(folder / f"slice_{n:03}.dcm", pixels, position, **tags)
     return folder

@@ -433,7 +433,7 @@ def test_killed_at_five_random_moments_it_resumes_and_ends_with_a_model_that_loa
         if published := project.published():
             AdaptedModel.load(published)
     process = spawn(studies, steps=400)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-2000:]
     assert "published" in out
     AdaptedModel.load(project.published())
