@@ -16,7 +16,7 @@ from viewing import Viewer, assert_arrived, browser
 
 __all__ = ["pacs"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser, pytest.mark.requires_data]
+pytestmark = [pytest.mark.e2e, pytest.mark.requires_browser, pytest.mark.requires_data]
 
 HALF = 30
 """The CT series shows its tumour in slices 17 to 42: cut in two, it makes two patients with a tumour each."""

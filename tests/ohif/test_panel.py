@@ -16,7 +16,7 @@ from real_series import CT, DATA, dice, stack, truth_of, voxel_of, written
 from serving import PacsServer
 from viewing import Viewer, assert_arrived, browser
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser, pytest.mark.requires_data]
+pytestmark = [pytest.mark.e2e, pytest.mark.requires_browser, pytest.mark.requires_data]
 
 SHOWN = slice(17, 27)
 """Ten slices of the CT series, all of which show the tumour."""

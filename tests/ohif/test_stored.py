@@ -15,7 +15,7 @@ from phantoms import Kind, octants, write_phantom
 from serving import ServeCommand
 from viewing import Viewer, browser
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser]
+pytestmark = [pytest.mark.e2e, pytest.mark.requires_browser]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from samadapt.training.slices import read_case
 from serving import ServeCommand
 from viewing import Viewer, browser
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.requires_browser]
+pytestmark = [pytest.mark.e2e, pytest.mark.requires_browser]
 
 TURNED = np.array([[0.8, -0.6, 0], [0.48, 0.64, -0.6], [0.36, 0.48, 0.8]])
 GRIDS = {
