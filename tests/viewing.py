@@ -154,6 +154,18 @@ class Viewer:
         segments = self.page.evaluate("() => window.services.segmentationService.getSegmentation('1').segments")
         return {segment["label"]: segment["segmentIndex"] for segment in segments.values()}
 
+    def colours(self) -> dict[str, list[int]]:
+        """Of every structure in the active view: red, green, blue."""
+        return self.page.evaluate(
+            """() => {
+              const { segmentationService, viewportGridService } = window.services;
+              const viewport = viewportGridService.getState().activeViewportId;
+              const segments = Object.values(segmentationService.getSegmentation('1').segments).filter(Boolean);
+              const color = ({ segmentIndex }) => segmentationService.getSegmentColor(viewport, '1', segmentIndex);
+              return Object.fromEntries(segments.map((one) => [one.label, [...color(one)].slice(0, 3)]));
+            }"""
+        )
+
     def world(self, voxel: list[int]) -> list[float]:
         """Where a voxel of the page's image lies, in DICOM's patient coordinates."""
         return list(self.page.evaluate(f"(voxel) => [...{IMAGE}.imageData.indexToWorld(voxel)]", voxel))

@@ -66,6 +66,7 @@ def play(viewer: Viewer, cohort: generate.Cohort) -> dict[str, Path]:
         viewer.press("Submit label")
         viewer.says("The label is safe")
     pictures["submitted"] = viewer.picture("submitted")
+    wait_until_prepared(viewer)
     with viewer.page.expect_navigation():
         viewer.press("Next sample")
     viewer.wait_until_connected()
@@ -88,6 +89,13 @@ def play(viewer: Viewer, cohort: generate.Cohort) -> dict[str, Path]:
 def wait_for_a_clear_view(viewer: Viewer) -> None:
     """Until OHIF's messages no longer cover a corner."""
     viewer.page.get_by_text("Connected to MONAI Label").first.wait_for(state="hidden")
+
+
+def wait_until_prepared(viewer: Viewer) -> None:
+    """Until the encoder has seen every image, which takes as long as somebody labels the next one."""
+    ahead = viewer.panel.locator(".samadapt-ahead").element_handle()
+    done = "node => { const [a, b] = node.textContent.match(/\\d+/g) || [0, 1]; return a === b; }"
+    viewer.page.wait_for_function(done, arg=ahead, timeout=TRAINING_MS)
 
 
 def true_label(cohort: generate.Cohort, name: str) -> np.ndarray:

@@ -25,7 +25,8 @@ GRIDS = {
     "slices_along_i": np.diag([3.0, 0.5, -0.75]),
     "oblique": TURNED @ np.diag([0.75, 0.5, 2.0]),
 }
-NAMES = ("first", "second")
+NAMES = ("brain_stem", "cerebellum")
+"""OHIF's bundled panel colours by name, and gives these two nearly the same green."""
 
 
 @pytest.fixture
@@ -65,6 +66,8 @@ def check(viewer, studies, case):
     for voxel in ([0, 0, 0], [3, 5, 7]):  # the page's voxels lie where those of the file's grid do
         place = np.array([-1, -1, 1]) * apply_affine(turn.turned.affine, voxel)
         assert viewer.world(voxel) == pytest.approx(place, abs=0.01)
+    stem, cerebellum = (np.array(viewer.colours()[name]) for name in NAMES)
+    assert np.linalg.norm(stem - cerebellum) > 90
     viewer.draw(mask)
     viewer.press("Submit label")
     viewer.says("The label is safe")

@@ -66,6 +66,17 @@ def test_removing_a_label_that_is_not_there_is_an_error_and_removes_nothing(stud
     assert stored(studies) is None
 
 
+def test_a_removed_label_is_kept_and_can_be_restored(studies, tmp_path):
+    datastore = SafeDatastore(str(studies))
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 3), "final", {**info_of(3), "author": "Ann"})
+    datastore.remove_label("a", "final")
+    assert datastore.latest_label("a") is None
+    (kept,) = datastore.label_versions("a")
+    assert (kept.served, kept.info["author"]) == (False, "Ann")
+    datastore.restore_label("a", kept.name, {})
+    assert stored(studies) == (3, 3)
+
+
 def test_a_refused_label_is_named_by_its_image(studies, tmp_path):
     path = save(tmp_path / "tmp12345.nii.gz", np.zeros((2, 2, 2), np.uint8))
     with pytest.raises(InputError) as caught:

@@ -5,6 +5,13 @@ import { sameName } from './names.js';
 /** The bundled MONAI Label panel keeps its masks in the segmentation of this id. */
 export const SEGMENTATION = '1';
 
+/** Colours that are easily told apart, for structures whose own are not; red, green, blue. */
+const PALETTE = [
+  [230, 60, 60], [70, 130, 240], [250, 210, 50], [60, 190, 90], [240, 130, 40], [170, 90, 220],
+  [70, 220, 220], [240, 90, 200], [190, 230, 90], [160, 110, 60], [150, 170, 250], [250, 180, 170],
+];
+const ALIKE = 90; // of 441, the distance from black to white
+
 const TOOL_GROUPS = ['mpr', 'default'];
 const services = () => window.services;
 
@@ -116,10 +123,27 @@ function nameAll(own, names) {
   }
 }
 
+/** The bundled panel colours by name, and may give two structures nearly the same: the later one gets another. */
+function tellApart(segments) {
+  const taken = [];
+  for (const segment of segments) {
+    if (taken.some((color) => alike(color, segment.color))) {
+      const other = PALETTE.find((color) => !taken.some((one) => alike(one, color)));
+      if (other) segment.color = [...other, ...segment.color.slice(3)];
+    }
+    taken.push(segment.color);
+  }
+}
+
+function alike(one, other) {
+  return Math.hypot(...[0, 1, 2].map((channel) => one[channel] - other[channel])) < ALIKE;
+}
+
 /** The same colours in every view; the bundled panel gives its own to the active view alone. */
 export function shareColors() {
   const service = services().segmentationService;
   const colored = Object.values(segmentation()?.config?.segments || {}).filter(({ color }) => color);
+  tellApart(colored);
   for (const viewport of service.getViewportIdsWithSegmentation(SEGMENTATION)) {
     for (const { segmentIndex, color } of colored) {
       const shown = service.getSegmentColor(viewport, SEGMENTATION, segmentIndex);

@@ -418,10 +418,13 @@ class SafeDatastore(LocalDatastore):
             super().remove_image(image_id)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Let a label count no longer. A final one is kept as a version, which can be restored."""
         tag = check_tag(label_tag)
         if not self.get_label_uri(label_id, tag):
             raise InputError(f"there is no label {label_id!r} with the tag {tag!r}", where="id")
         with self._exclusive:
+            if tag == DefaultLabelTag.FINAL and (latest := self._served(label_id)) is not None:
+                self._keep(label_id, latest.path, latest.info)
             super().remove_label(label_id, tag)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
