@@ -1,9 +1,8 @@
-"""Pictures for the README: the loop in OHIF on the sample data, which may be shown to everybody.
+"""The README's film: the loop in OHIF on the sample data, which may be shown to everybody.
 
     PYTHONPATH=lib:tests python tests/ohif/film.py
 
-makes sample volumes, serves them as `samadapt serve` does, plays the loop in a browser, and writes docs/ohif-*.png and
-docs/ohif-loop.webp.
+makes sample volumes, serves them as `samadapt serve` does, plays the loop in a browser, and writes docs/ohif-loop.webp.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from serving import ServeCommand  # noqa: E402
 from viewing import Viewer, browser  # noqa: E402
 
 LABELLED = 4
-SHOWN = {"labelled": "ohif-label", "training": "ohif-training", "mask": "ohif-mask"}
 CAPTIONS = {
     "labelled": "A case is labelled with brush and clicks",
     "submitted": "Submit label: it is safe, and counts from now on",
@@ -120,9 +118,6 @@ def draw(viewer: Viewer, label: np.ndarray, values: dict[str, int]) -> None:
 def film(pictures: dict[str, Path]) -> None:
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
-    for station, name in SHOWN.items():
-        few_colours = Image.open(pictures[station]).convert("P", palette=Image.Palette.ADAPTIVE)
-        few_colours.save(docs / f"{name}.png", optimize=True)
     first, *others = [captioned(Image.open(path), CAPTIONS[station]) for station, path in pictures.items()]
     first.save(docs / "ohif-loop.webp", save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=80)
 
