@@ -31,7 +31,7 @@ def rows(name: str) -> list[Row]:
 
 
 def cell(row: Row | None, best: float) -> str:
-    """Dice with the number of seeds where it is not two; bold where no other recipe has more."""
+    """Dice; bold where no other recipe has more."""
     if row is None:
         return ""
     mean = row.scores.dice.mean

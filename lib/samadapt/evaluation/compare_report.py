@@ -140,14 +140,15 @@ def write(value: Mapping[str, Any], output: Path) -> Report:
     ]
     labels = LabelMap(tuple(value["comparison"]["labels"]))
     rows = summarise(finished, labels)
+    remarks = _remarks(rows)
     sheet, report = output / SHEET, output / PAGE
     with atomic_path(sheet) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
         writer.writerows(_sheet_rows(finished))
     with atomic_path(report) as temporary:
-        temporary.write_text(_page(value, finished, failed, rows, labels, output), encoding="utf-8")
-    return Report(report, sheet, rows, failed, _remarks(rows))
+        temporary.write_text(_page(value, finished, failed, rows, remarks, labels, output), encoding="utf-8")
+    return Report(report, sheet, rows, failed, remarks)
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
@@ -220,6 +221,7 @@ def _page(
     finished: Sequence[Record],
     failed: Sequence[Mapping[str, Any]],
     rows: Sequence[Row],
+    remarks: Sequence[str],
     labels: LabelMap,
     output: Path,
 ) -> str:
@@ -231,7 +233,7 @@ def _page(
         comparison=comparison,
         labels=[(name, to_hex(colour(index))) for index, name in enumerate(labels.names, start=1)],
         rows=rows,
-        remarks=_remarks(rows),
+        remarks=remarks,
         failed=failed,
         charts=charts,
         overlays=_overlays(finished, labels, comparison["studies"], output) if finished else [],

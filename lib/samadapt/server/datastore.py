@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,16 @@ def author_of(info: dict[str, Any]) -> str | None:
     return info.get("author") or info.get("client_id")
 
 
+def drawn_names(info: Mapping[str, Any]) -> list[str]:
+    """Names of the values that a label shows, in the values' order; of labels of former days, all that it lists.
+
+    Raises:
+        InputError: its ``label_info`` is none.
+    """
+    values = values_from_label_info(info.get("label_info") or [])
+    return [name for value, name in sorted(values.items()) if value in info.get(DRAWN, values)]
+
+
 def _check_nameless(present: set[int], labels: LabelMap | None) -> None:
     """Values without names are taken for the label map's, which is a guess; refuse where it must be wrong."""
     unknown = sorted(present - set(range(1, len(labels.names) + 1)) - {IGNORE}) if labels else []
@@ -134,12 +144,16 @@ def _told(info: dict[str, Any]) -> str:
     return f"{who}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(info.get('ts', 0))))}"
 
 
+def check_text(info: Mapping[str, Any], key: str, article: str = "a") -> None:
+    """Refuse a value that is neither a text nor left out."""
+    if not isinstance(info.get(key), str | None):
+        raise InputError(f"{article} {key} is a text", where=key, remedy="Send one, or leave it out.")
+
+
 def _check_people(info: dict[str, Any]) -> None:
     """Names of people and programs are texts, or left out (MONAI Label's own client sends null)."""
-    for key in ("client_id", "author"):
-        if not isinstance(info.get(key), str | None):
-            article = "an" if key == "author" else "a"
-            raise InputError(f"{article} {key} is a text", where=key, remedy="Send one, or leave it out.")
+    check_text(info, "client_id")
+    check_text(info, "author", "an")
     if len(info.get("author") or "") > _LONGEST_NAME:
         raise InputError(
             f"an author's name has {_LONGEST_NAME} characters at most", where="author", remedy="Send a shorter one."
@@ -197,11 +211,8 @@ class Version(NamedTuple):
     served: bool
 
     def structures(self) -> list[str]:
-        """Names of the structures that are drawn; of labels of former days, those that it lists."""
-        entries = self.info.get("label_info")
-        values = values_from_label_info(entries) if entries else {}
-        drawn = self.info.get(DRAWN, list(values))
-        return list(dict.fromkeys(values[value] for value in sorted(values) if value in drawn))
+        """As ``drawn_names``, each once."""
+        return list(dict.fromkeys(drawn_names(self.info)))
 
     def to_dict(self) -> dict[str, Any]:
         """For HTTP replies."""

@@ -32,6 +32,7 @@ from samadapt.config import closest
 from samadapt.dicomweb import child
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
+from samadapt.server.datastore import check_text
 from samadapt.server.train import asked_for
 
 if TYPE_CHECKING:
@@ -184,8 +185,7 @@ def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., An
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
         _require("strategy", strategy, app._strategies)
         asked, address = params or {}, _ADDRESS.get()
-        if not isinstance(asked.get("client_id"), str | None):
-            raise InputError("a client_id is a text", where="client_id", remedy="Send one, or leave it out.")
+        check_text(asked, "client_id")
         if not asked.get("client_id") and address:
             asked = {**asked, "client_id": somebody_at(address)}
         return handler(strategy, asked, user) or {"message": app._strategies[strategy].why_nothing()}

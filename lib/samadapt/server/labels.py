@@ -23,7 +23,7 @@ from samadapt.errors import InputError, SamAdaptError
 from samadapt.files import write_json
 from samadapt.model import read_info
 from samadapt.project import Project
-from samadapt.server.datastore import DRAWN, SafeDatastore
+from samadapt.server.datastore import SafeDatastore, drawn_names
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +108,12 @@ def _final_infos(datastore: SafeDatastore) -> list[dict[str, Any]]:
 
 
 def _drawn_names(info: Mapping[str, Any]) -> list[str]:
-    """Names of the values that a label shows, in their order; of labels of former days, all that it lists."""
+    """As ``drawn_names``; none where its ``label_info`` is none."""
     try:
-        values = values_from_label_info(info.get("label_info") or [])
+        return drawn_names(info)
     except InputError as error:
         logger.warning("the label names of %s are left out: %s", info.get("name"), error)
         return []
-    return [name for value, name in sorted(values.items()) if value in info.get(DRAWN, values)]
 
 
 def label_warnings(

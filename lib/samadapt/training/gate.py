@@ -168,10 +168,10 @@ def judge(
     """Compare a candidate with the published model, on the same held-out cases.
 
     The published one stays where its mean over the cases is higher, or one structure is found much better by it
-    (``MUCH_WORSE``). Compared are the candidate's classes; one that the
-    published model does not know counts where a case shows it. Where the published model's file cannot be used any
-    more, the one before takes its place. Where nothing is held out, the published one stays where its own
-    cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
+    (``MUCH_WORSE``). Compared are the candidate's classes; one that the published model does not know counts where a
+    case shows it. Where the published model's file cannot be used any more, the one before takes its place. Where
+    nothing is held out, the published one stays where its own cross-validation was clearly better, see
+    ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
     Args:
         measured: how well the candidate finds its classes.
