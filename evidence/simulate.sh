@@ -1,24 +1,44 @@
 #!/usr/bin/env bash
 # The simulations of strategies in the README. Stop it whenever you like: the next call goes on after the last finished
-# round. About six hours on one core; results.json of each folder is kept in the repository.
+# round. About three hours on one core; results.json of each folder is kept in the repository. Sets can be played on
+# several cores at once, each by a call of its own.
 #
-#   evidence/simulate.sh [CORE] [SEEDS]
+#   evidence/simulate.sh [CORE] [SEEDS] [SETS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=lib OMP_NUM_THREADS=1
 data=../shared/data
-strategies=auto,random,random_fg,epistemic,first,last,kcenter,typiclust,probcover,entropy,bald,disagreement,claspe,clue
+strategies=auto,random_fg,epistemic,random,typiclust,entropy,claspe,clue,kcenter,probcover,bald,disagreement,first,last
+core=${1:-0}
+seeds=${2:-0 1 2 3 4}
+sets=${3:-hippocampus_mr acdc_mr curvas_ct_2d units}
 
-run() { # SET LABELS OPTIONS...
-    local set=$1 labels=$2
-    shift 2
+run() { # OUTPUT SET LABELS OPTIONS...
+    local output=$1 set=$2 labels=$3
+    shift 3
     taskset -c "$core" .venv/bin/python -m samadapt simulate "$data/$set" --labels "$labels" --image-size 64 \
-        --recipes autosam_vit --strategies $strategies --copies 2 --output "evidence/simulate-$set" "$@"
+        --recipes autosam_vit --copies 2 --output "evidence/simulate-$output" "$@"
 }
 
-core=${1:-0}
-for seed in ${2:-0 1 2 3 4}; do
-    run hippocampus_mr anterior,posterior --seeds "$seed" --rounds 6 --pool 30 --steps 80 --test 8
-    run acdc_mr "right ventricle,myocardium,left ventricle" --seeds "$seed" --rounds 6 --steps 80 --test 8
-    run curvas_ct_2d pancreas,kidney,liver --seeds "$seed" --rounds 6 --per-round 2 --steps 80 --test 12
+for set in $sets; do
+    for seed in $seeds; do
+        case $set in
+        hippocampus_mr)
+            run $set $set anterior,posterior --strategies $strategies --seeds "$seed" \
+                --rounds 4 --per-round 2 --pool 30 --test 8 --steps 120
+            ;;
+        acdc_mr)
+            run $set $set "right ventricle,myocardium,left ventricle" --strategies $strategies --seeds "$seed" \
+                --rounds 5 --per-round 1 --test 8 --steps 80
+            ;;
+        curvas_ct_2d)
+            run $set $set pancreas,kidney,liver --strategies $strategies --seeds "$seed" \
+                --rounds 4 --per-round 3 --test 12 --steps 80
+            ;;
+        units)
+            run $set hippocampus_mr anterior,posterior --strategies auto,random --unit volumes,slices,scattered \
+                --seeds "$seed" --rounds 3 --per-round 1 --pool 30 --test 8 --steps 120
+            ;;
+        esac
+    done
 done

@@ -43,6 +43,10 @@ class Oracle(Ordered):
     key = staticmethod(lambda case: (case in USELESS, case))
 
 
+class Late(Oracle):
+    """Chooses as the oracle does, by another name."""
+
+
 class Worst(Ordered):
     """Prefers those that show nothing."""
 
@@ -64,7 +68,7 @@ class Blind(Ordered):
         return [Proposal(str(case), 0.0, "drawn") for case in order[:count]]
 
 
-STRATEGIES = {"ordered": Ordered, "oracle": Oracle, "worst": Worst, "again": Again, "blind": Blind}
+STRATEGIES = {"ordered": Ordered, "oracle": Oracle, "late": Late, "worst": Worst, "again": Again, "blind": Blind}
 
 
 @pytest.fixture
@@ -157,17 +161,36 @@ def test_a_kill_between_rounds_changes_nothing(play, monkeypatch, tmp_path):
     whole = play("whole", strategy="oracle")
     real = simulate_run._Run._train
 
-    def killed(self, number):
+    def killed(self, number, known):
         if number == 2:
             raise KeyboardInterrupt
-        real(self, number)
+        real(self, number, known)
 
     monkeypatch.setattr(simulate_run._Run, "_train", killed)
+    apart = {"strategy": "oracle", "shared": str(tmp_path / "apart")}  # else it would find what `whole` has trained
     with pytest.raises(KeyboardInterrupt):
-        play("parted", strategy="oracle")
+        play("parted", **apart)
     assert len(finished(tmp_path / "parted")["rounds"]) == 2
     monkeypatch.setattr(simulate_run._Run, "_train", real)
-    assert without_times(play("parted", strategy="oracle")) == without_times(whole)
+    assert without_times(play("parted", **apart)) == without_times(whole)
+
+
+def test_what_another_strategy_has_trained_from_the_same_labels_is_not_trained_again(play, monkeypatch, tmp_path):
+    by_oracle = play("a", strategy="oracle")
+    monkeypatch.setattr(simulate_run._Run, "_fit", None)
+    assert without_times(play("b", strategy="late")) == without_times(by_oracle)
+    with pytest.raises(TypeError):  # other labels
+        play("c", strategy="oracle", unit="slices")
+    with pytest.raises(TypeError):  # other settings
+        play("d", strategy="late", steps=5)
+    models = [(tmp_path / name / "model-2.safetensors").read_bytes() for name in "ab"]
+    assert models[0] == models[1]
+
+
+def test_only_the_last_trained_models_are_kept(play, monkeypatch, tmp_path):
+    monkeypatch.setattr(simulate_run, "TRAINED_KEPT", 2)
+    play(strategy="oracle", rounds=4, steps=1)
+    assert len(list((tmp_path / "shared" / simulate_run.TRAINED).iterdir())) == 4  # a model and a record each
 
 
 def test_finished_rounds_are_not_played_again(play, monkeypatch):

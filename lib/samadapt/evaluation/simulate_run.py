@@ -7,8 +7,11 @@ an interrupted run goes on after it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,8 +57,11 @@ ROBOT, FULL = ANNOTATORS = ("robot", "full")
 EARLIER = 2
 """Models before the one in service that a strategy may compare with it."""
 
-SURVEY, CACHE, PREPARED = "survey", "cache", "slices"
+SURVEY, CACHE, PREPARED, TRAINED = "survey", "cache", "slices", "trained"
 """Folders that all runs share."""
+
+TRAINED_KEPT = 64
+"""Models and their scores kept for strategies that choose the same cases, as most do before there is a model."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,12 @@ class _Run:
                 break
             with _timed(compute, "annotator"):
                 spent = self._label(chosen)
+            known = _Trained(Path(self._job.shared) / TRAINED, self._what_a_round_depends_on())
             with _timed(compute, "training"):
-                self._train(number)
+                self._train(number, known)
             with _timed(compute, "testing"):
-                scores = self._score()
+                scores = known.score or self._score()
+            known.keep(self._file(number), scores)
             totals = _added(rounds[-1] if rounds else {}, spent)
             rounds.append(plain({"chosen": [vars(one) for one in chosen], **totals, **scores, "compute": compute}))
             write_json(self._folder / ROUNDS, {"job": _as_json(self._job), "rounds": rounds})
@@ -347,7 +355,7 @@ class _Run:
 
     def _learning(self) -> list[PreparedCase]:
         found = []
-        for name, slices in self._labelled.items():
+        for name, slices in sorted(self._labelled.items()):  # in whatever order they were labelled
             case = self._prepared[name]
             if slices is None:
                 found.append(case)
@@ -356,8 +364,26 @@ class _Run:
                 found.append(with_slices(case, {turned_index(geometry, index) for index in slices}))
         return found
 
-    def _train(self, number: int) -> None:
+    def _what_a_round_depends_on(self) -> dict[str, Any]:
+        """Its labels, and all of the job but how they were chosen."""
+        chosen_by = {"strategy", "unit", "pool", "shared"}
+        job = {name: value for name, value in _as_json(self._job).items() if name not in chosen_by}
+        labelled = {name: None if slices is None else sorted(slices) for name, slices in self._labelled.items()}
+        return {"job": job, "labelled": labelled}
+
+    def _train(self, number: int, known: _Trained) -> None:
         """A model from nothing but the labels so far, so that a round depends on its labels alone."""
+        if known.model:
+            shutil.copy(known.model, self._file(number))
+            model = AdaptedModel.load(self._file(number), self._config.weights).to(self._device)
+        else:
+            model = self._trained()
+            model.save(self._file(number))
+        self._models = [*self._models[-EARLIER:], model.eval()]
+        for old in range(number - EARLIER):
+            self._file(old).unlink(missing_ok=True)
+
+    def _trained(self) -> AdaptedModel:
         job, config = self._job, self._config
         model = recipes.build(self._recipe, self._labels, config.backbone, config.weights, job.image_size)
         model.describe(window=Window.from_dict(job.window), context=self._recipe.context)
@@ -366,10 +392,7 @@ class _Run:
         if any(case.slices_of for case in learning):  # else there is nothing to learn yet, and it finds nothing
             self._fit(model, learning)
             model.describe(trained=True)
-        model.save(self._file(number))
-        self._models = [*self._models[-EARLIER:], model.eval()]
-        for old in range(number - EARLIER):
-            self._file(old).unlink(missing_ok=True)
+        return model
 
     def _fit(self, model: AdaptedModel, learning: Sequence[PreparedCase]) -> None:
         budget = Budget(math.inf, self._job.protocol.steps, rounds=1)
@@ -393,6 +416,40 @@ class _Run:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"model-{number}.safetensors"
+
+
+class _Trained:
+    """What an earlier run has trained from the same labels with the same settings, if any has.
+
+    Args:
+        folder: of all such models.
+        what: all that the model depends on.
+
+    Attributes:
+        model: its file; None where there is none.
+        score: what its test gave; empty where there is none.
+    """
+
+    def __init__(self, folder: Path, what: Mapping[str, Any]) -> None:
+        self._folder = folder
+        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+        self._model, self._record = folder / f"{name}.safetensors", folder / f"{name}.json"
+        known = self._record.is_file() and self._model.is_file()
+        self.model = self._model if known else None
+        self.score: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8")) if known else {}
+
+    def keep(self, model: Path, score: Mapping[str, Any]) -> None:
+        """Keep it for later runs, in place of what was used longest ago."""
+        if self.model:
+            os.utime(self._record)
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(model, self._model)
+        write_json(self._record, plain(score))  # last, so that it stands for a whole model
+        records = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for old in records[:-TRAINED_KEPT]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def finished(folder: Path) -> dict[str, Any]:
