@@ -14,6 +14,7 @@ from filelock import FileLock
 from make_dicom import write_rtstruct, write_stack
 from samadapt import cli
 from samadapt.dicomweb.child import Child
+from samadapt.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,6 +68,7 @@ def test_help_is_light_and_names_every_command():
         "compare",
         "simulate",
         "recipes",
+        "cases",
         "doctor",
     ):
         assert command in done.stdout
@@ -220,6 +222,19 @@ def test_train_infer_evaluate(run, studies, tmp_path, tiny_backbone):
     assert (tmp_path / "one" / "case_0.nii.gz").is_file()
     code, _, err = run("infer", image, "--studies", studies, "--output", tmp_path / "one", "--structure", "drak")
     assert (code, "bright, dark" in err) == (2, True)
+
+
+def test_cases(run, studies):
+    code, out, _ = run("cases", studies)
+    assert code == 0
+    assert "the next training decides" in out
+    write_json(studies / ".samadapt" / "ledger.json", {"case case_0": "held-out", "case gone": "train"})
+    told = {one["case"]: one for one in json.loads(run("cases", studies, "--json")[1])["cases"]}
+    assert (told["case_0"]["role"], told["case_0"]["labelled"]) == ("held-out", True)
+    assert (told["gone"]["role"], told["gone"]["labelled"]) == ("train", False)
+    code, _, err = run("cases", studies / "nowhere")
+    assert code != 0
+    assert "no such folder" in err
 
 
 def test_a_second_training_of_a_folder_is_refused(run, studies, monkeypatch):

@@ -18,6 +18,7 @@ from samadapt.data.dicom_seg import write_seg
 from samadapt.data.labels import LabelMap
 from samadapt.data.slice_cache import SliceCache
 from samadapt.dicomweb.child import store_folder
+from samadapt.files import write_json
 from samadapt.project import Project
 from samadapt.server.outbox import outbox_folder
 from samadapt.training import train
@@ -136,9 +137,13 @@ def test_broken_records(studies):
     assert look(studies)["labels.json"].status == "problem"
 
 
-def test_interrupted_training(studies):
-    from samadapt.files import write_json
+def test_nothing_held_out(studies):
+    assert "ledger" not in look(studies)
+    write_json(studies / ".samadapt" / "ledger.json", {f"case {case.id}": "train" for case in find_cases(studies)})
+    assert "nothing is held out" in look(studies)["ledger"].what
 
+
+def test_interrupted_training(studies):
     write_json(
         studies / ".samadapt" / "training" / "status.json", {"state": "running", "pid": 2**22 + 1, "pid_started": 0}
     )

@@ -650,6 +650,36 @@ def _counts(recipe: Recipe, classes: int, backbone: str, image_size: int | None)
         return {"backbone": recipe.backbone or backbone, "trainable_parameters": None, "percent": None}
 
 
+@app.command("cases")
+def list_cases(studies: Studies, as_json: Json = False) -> None:
+    """All cases: which are labelled, which train, which are held out to judge models by, and why."""
+    from samadapt.data.cases import find_cases
+    from samadapt.project import Project
+    from samadapt.training.ledger import Ledger
+
+    with terminal(as_json=as_json) as out:
+        found = find_cases(studies)
+        known = {case.id: case for case in found}
+        assigned = Ledger(Project(studies).ledger).explain(found)
+        rows: list[dict[str, Any]] = [
+            {
+                "case": one.case,
+                "patient": known[one.case].patient if one.case in known else None,
+                "labelled": one.case in known and known[one.case].label is not None,
+                "role": one.role,
+                "why": one.why,
+            }
+            for one in assigned
+        ]
+        lines = [
+            [row["case"], row["patient"] or "-", "yes" if row["labelled"] else "no", row["role"] or "-", row["why"]]
+            for row in rows
+        ]
+        columns = ["case", "patient", "labelled", "role", "why"]
+        shown = table(f"Cases of {studies}", columns, lines) if rows else f"There is no image in {studies}."
+        out.result({"cases": rows}, shown)
+
+
 @app.command()
 def doctor(
     studies: Annotated[Path | None, typer.Option(help="Also check this studies folder.")] = None,

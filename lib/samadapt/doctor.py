@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,7 +194,7 @@ def _studies(studies: Path, config: AppConfig, say: Callable[[str], None]) -> It
         yield Check(
             "studies", "problem", f"{studies} cannot be written to", "Labels and models go there: change its rights."
         )
-    yield from _records(studies)
+    yield from _records(studies, cases)
     yield _cache(studies, config)
     yield from _orphans(studies, {case.id for case in cases})
     yield from _cases(studies, cases, config, say)
@@ -227,11 +228,11 @@ def _not_in_pacs(studies: Path) -> Iterator[Check]:
             yield Check("PACS", "warning", what, "It counts here; a running server goes on sending it.")
 
 
-def _records(studies: Path) -> Iterator[Check]:
+def _records(studies: Path, cases: Sequence[Case]) -> Iterator[Check]:
     """What samadapt itself keeps: label map, ledger, progress, published model. A broken one hides no other."""
     for name, look in (
         ("labels.json", _written_labels),
-        ("ledger", _ledger),
+        ("ledger", partial(_ledger, cases)),
         ("training", _training),
         ("model", _model),
     ):
@@ -260,12 +261,13 @@ def _written_labels(studies: Path) -> Iterator[Check]:
         yield Check("labels.json", "ok", ", ".join(labels.names))
 
 
-def _ledger(studies: Path) -> Iterator[Check]:
+def _ledger(cases: Sequence[Case], studies: Path) -> Iterator[Check]:
     from samadapt.project import Project
-    from samadapt.training.ledger import Ledger
+    from samadapt.training.ledger import HELD_OUT_EVERY, Ledger
 
-    Ledger(Project(studies).ledger)
-    yield from ()
+    if Ledger(Project(studies).ledger).nothing_held_out(cases):
+        what = f"nothing is held out although {HELD_OUT_EVERY} patients or more are labelled: no training is compared"
+        yield Check("ledger", "warning", what, "Label one patient more, who will be held out; see `samadapt cases`.")
 
 
 def _training(studies: Path) -> Iterator[Check]:

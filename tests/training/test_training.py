@@ -26,7 +26,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.volume import read_label, read_volume
 from samadapt.data.window import Window
 from samadapt.errors import InputError, StateError
-from samadapt.files import sha256_of
+from samadapt.files import sha256_of, write_json
 from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
@@ -122,6 +122,32 @@ def test_a_patient_that_becomes_known_shares_the_role_of_the_case_that_is_there(
     Ledger(path).split([Case(name, Path("x")) for name in "abcd"])
     later = [Case("d", Path("x"), patient="P"), Case("e", Path("x"), patient="P")]
     assert [case.id for case in Ledger(path).split(later)[1]] == ["d", "e"]
+
+
+def test_the_ledger_says_why(tmp_path):
+    path = tmp_path / "ledger.json"
+    cases = [Case(name, Path("x"), label=Path("y")) for name in "abc"]
+    cases += [Case(name, Path("x"), label=Path("y"), patient="p") for name in ("d1", "d2")]
+    Ledger(path).split(cases)
+    told = {one.case: one for one in Ledger(path).explain([*cases[1:], Case("e", Path("x"), label=Path("y"))])}
+    assert list(told) == ["a", "b", "c", "d1", "d2", "e"]
+    assert [one.role for one in told.values()] == ["train", "train", "train", "held-out", "held-out", None]
+    assert told["a"].why == "decided earlier; no such image is here now"
+    assert told["b"].why == "it is number 2, one in 4 is held out"
+    assert told["d1"].why == "patient p is number 4, one in 4 is held out, with 1 more of the same patient"
+    assert told["e"].why == "the next training decides"
+    assert json.loads(path.read_text()).keys().isdisjoint({"case e"})
+
+
+def test_labelled_cases_of_which_none_is_held_out_are_told(tmp_path):
+    path = tmp_path / "ledger.json"
+    cases = [Case(name, Path("x"), label=Path("y")) for name in "abcd"]
+    assert not Ledger(path).nothing_held_out(cases)  # the first training will hold one out
+    Ledger(path).split(cases[:3])
+    assert not Ledger(path).nothing_held_out(cases)  # so will the next
+    write_json(path, dict.fromkeys(["case a", "case b", "case c", "case d"], "train"))
+    assert Ledger(path).nothing_held_out(cases)
+    assert not Ledger(path).nothing_held_out(cases[:3])  # too few to hold any out
 
 
 @pytest.mark.parametrize("text", ['{"case a": "maybe"}', '{"case a": ["train"]}', '{"case a": {}}', "[]", "{"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ TRAIN, HELD_OUT = "train", "held-out"
 
 _MEMBER = " / case "
 """Between a patient and one of its cases in the names of the file."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What became of one case.
+
+    Attributes:
+        case: its id.
+        role: ``TRAIN`` or ``HELD_OUT``; None where nothing is decided.
+        why: in a phrase.
+    """
+
+    case: str
+    role: str | None
+    why: str
 
 
 class Ledger:
@@ -60,6 +76,36 @@ class Ledger:
         training = [case for case in cases if self._known(case.id) == TRAIN]
         return training, [case for case in cases if self._known(case.id) == HELD_OUT]
 
+    def explain(self, cases: Sequence[Case]) -> list[Assignment]:
+        """Every case's role and the reason, those that only the file knows among them, by id; decides nothing."""
+        known = {case.id: self._why(case) for case in cases}
+        gone = {case for name in self._roles if (case := _case_of(name)) and case not in known}
+        everything = [(name, self._known(name), why) for name, why in known.items()]
+        everything += [(name, self._known(name), "decided earlier; no such image is here now") for name in gone]
+        return [Assignment(*one) for one in sorted(everything)]
+
+    def nothing_held_out(self, cases: Sequence[Case]) -> bool:
+        """Whether the labelled ones of ``cases`` are enough to hold some out, and yet all of them train."""
+        labelled = [case for case in cases if case.label]
+        groups = {case.patient or f"case {case.id}" for case in labelled}
+        return len(groups) >= HELD_OUT_EVERY and {self._known(case.id) for case in labelled} == {TRAIN}
+
+    def _why(self, case: Case) -> str:
+        role = self._known(case.id)
+        if role is None:
+            return "the next training decides" if case.label else "no label yet"
+        names = [name for name in self._roles if _case_of(name) == case.id]
+        groups = [name for name in self._roles if _MEMBER not in name]
+        group = names[0].split(_MEMBER)[0]
+        if group not in groups:
+            return "decided earlier"
+        number, others = groups.index(group) + 1, sum(name.startswith(f"{group}{_MEMBER}") for name in self._roles) - 1
+        what = group if group.startswith("patient ") else "it"
+        beside = f", with {others} more of the same patient" if others > 0 else ""
+        regular = (number % HELD_OUT_EVERY == 0) == (role == HELD_OUT)
+        rule = f"one in {HELD_OUT_EVERY} is held out" if regular else "restored, or no other was left to hold out"
+        return f"{what} is number {number}, {rule}{beside}"
+
     def _restore(self, cases: Sequence[Case]) -> None:
         """Give back all roles that the file has lost, also of absent cases, so that new ones are drawn as ever."""
         lost = {name: role for name, role in self._remembered.items() if self._known(name) is None}
@@ -92,6 +138,13 @@ def roles_in(manifests: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         roles.update({case: HELD_OUT for case in manifest.get("held_out", []) if roles.get(case) != TRAIN})
         roles.update(dict.fromkeys(manifest.get("cases", []), TRAIN))
     return roles
+
+
+def _case_of(name: str) -> str | None:
+    """The case that an entry of the file is about; None: the patient as a whole."""
+    if _MEMBER in name:
+        return name.split(_MEMBER, 1)[1]
+    return name.removeprefix("case ") if name.startswith("case ") else None
 
 
 def _read(path: Path) -> dict[str, str]:
