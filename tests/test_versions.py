@@ -237,6 +237,17 @@ def test_rolling_back_is_the_undo_of_what_was_put_in_service(tmp_path_factory, s
             assert project.published() is None or project.published().stem == current
 
 
+def test_the_name_of_a_deleted_version_is_not_used_again(trained, project):
+    own = Versions(project)
+    file = project.next_model()
+    file.write_bytes(b"")
+    own.refuse(file, "worse", "a training")
+    file.unlink()
+    assert project.next_model().stem == f"v{int(file.stem[1:]) + 1:04d}"
+    project.history.write_text("{")
+    assert project.next_model() == file  # a training's result is kept all the same
+
+
 def test_a_damaged_history_is_refused_and_changes_no_model(trained, project):
     project.history.write_text("[{}]")
     with pytest.raises(InputError, match=r"history\.json"):

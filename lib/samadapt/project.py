@@ -16,7 +16,7 @@ from samadapt.errors import InputError
 from samadapt.files import write_json
 
 FOLDER = ".samadapt"
-_VERSION = re.compile(r"v(\d{4,})\.safetensors")
+_VERSION = re.compile(r"v(\d{4,})")
 
 
 class Project:
@@ -64,10 +64,18 @@ class Project:
         return record if isinstance(record, dict) else {}
 
     def next_model(self) -> Path:
-        """Path of the next version, ``v0001.safetensors`` and so on."""
-        names = [path.name for path in self.models.glob("v*.safetensors")] if self.models.is_dir() else []
+        """Path of the next version, ``v0001.safetensors`` and so on; no name is used twice, be its file deleted."""
+        files = [path.stem for path in self.models.glob("v*.safetensors")] if self.models.is_dir() else []
+        names = [*files, *self._names_in_history()]
         versions = [int(match.group(1)) for name in names if (match := _VERSION.fullmatch(name))]
         return self.models / f"v{max(versions, default=0) + 1:04d}.safetensors"
+
+    def _names_in_history(self) -> list[str]:
+        try:
+            events = _read(self.history)
+        except InputError:  # whoever reads the history refuses it; no training is lost for its sake
+            return []
+        return [str(event.get("version")) for event in events or () if isinstance(event, dict)]
 
     def status(self) -> dict[str, Any]:
         """The last training's progress, ``{}`` before the first. A training whose process is gone is "interrupted"."""

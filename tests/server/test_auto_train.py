@@ -77,6 +77,19 @@ def test_never_two_at_once_and_labels_of_meanwhile_count_for_the_next(played):
     assert played.started == 2
 
 
+def test_a_label_dated_in_the_future_counts_once(played):
+    watching = auto(played)
+    played.submit(2)
+    for path in played.files:
+        os.utime(path, (time.time() + 10**6,) * 2)
+    assert watching.look()
+    played.ends()
+    assert not watching.look()
+    assert not auto(played).look()  # after a restart, too
+    os.utime(played.files[0], (time.time() + 10**6,) * 2)  # submitted again
+    assert watching.new_labels() == 1
+
+
 def test_a_pause_outlasts_a_restart(played):
     played.submit(2)
     auto(played).pause(True)

@@ -140,6 +140,7 @@ def test_what_is_to_be_ignored_is_no_structure(source):
     [
         (named("front", "back", "ignore"), {1, 2, 3}, Coverage(), (8, 8), []),
         (named("front", "back"), {1, 2}, Coverage((1, 2)), (2, 8), ["2 of 8 slices are labelled"]),
+        (named("front", "back"), {1, 2}, Coverage(()), (0, 8), ["nothing is learned from it"]),
         (named("front"), {1}, Coverage(classes=NAMED), (8, 8), ["does not speak of back"]),
         (None, {2}, Coverage(classes=NAMED), (8, 8), ["no names", "does not speak of front"]),
         (named("front", "back"), {1, 2}, Coverage(classes=("back",)), (8, 8), ["'front' is drawn", "speak of front"]),

@@ -73,7 +73,11 @@ class AutoTrain:
     def new_labels(self) -> int:
         """Labels that no training has seen."""
         since = max(float(self._project.status().get("started", 0.0)), self._last_start)
-        return sum(path.stat().st_mtime > since for path in self._labels() if path.is_file())
+        seen = self._kept().get("seen", {})
+        return sum(when > since and seen.get(name) != when for name, when in self._times().items())
+
+    def _times(self) -> dict[str, float]:
+        return {str(path): path.stat().st_mtime for path in self._labels() if path.is_file()}
 
     def look(self) -> bool:
         """Start a training if one is due; whether it did."""
@@ -87,6 +91,8 @@ class AutoTrain:
             else:
                 return False
             self._last_start = time.time()
+            # A file that a wrong clock has dated later than now would count as new for ever.
+            self._keep(seen={name: when for name, when in self._times().items() if when > self._last_start})
             self._start()
             return True
 

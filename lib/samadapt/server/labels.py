@@ -134,7 +134,9 @@ def label_warnings(
     """
     unknown = _unknown(submitted, present, labels, coverage) if labels else ()
     partly = []
-    if slices and slices[0] < slices[1]:
+    if slices and not slices[0]:
+        partly.append(f"none of its {slices[1]} slices counts as labelled: nothing is learned from it")
+    elif slices and slices[0] < slices[1]:
         partly.append(f"{slices[0]} of {slices[1]} slices are labelled; nothing is learned from the others")
     if unknown:
         partly.append(f"the label does not speak of {', '.join(unknown)}: its background may be any of them")
