@@ -20,6 +20,7 @@ from monailabel.client import MONAILabelClient
 from samadapt.project import Project
 from serving import DATA, Server
 from test_real_loop import NAMES, PERMUTED, submit
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -65,23 +66,21 @@ def shuffled(image: str, folder: Path) -> Path:
 
 def wait_for_training(server: Server, after: float, seconds: float = 240) -> dict:
     """Wait for the end of a training that began after ``after``."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    def ended() -> dict | None:
         now = Project(server.studies).status()
-        if now.get("started", 0) > after and now["state"] in ("done", "failed"):
-            return now
-        assert time.monotonic() < deadline, (now, server.log.read_text()[-3000:])
-        time.sleep(0.5)
+        return now if now.get("started", 0) > after and now["state"] in ("done", "failed") else None
+
+    return wait_until(ended, seconds, lambda: (Project(server.studies).status(), server.log.read_text()[-3000:]))
 
 
 def training_process(server: Server, after: float) -> psutil.Process:
-    deadline = time.monotonic() + 120
-    while True:
+    def running() -> psutil.Process | None:
         now = Project(server.studies).status()
-        if now.get("started", 0) > after and now["state"] == "running" and now.get("step", 0) > 0:
-            return psutil.Process(now["pid"])
-        assert time.monotonic() < deadline, now
-        time.sleep(0.2)
+        at_work = now.get("started", 0) > after and now["state"] == "running" and now.get("step", 0) > 0
+        return psutil.Process(now["pid"]) if at_work else None
+
+    return wait_until(running, 120, Project(server.studies).status)
 
 
 def held_out_dice(client: MONAILabelClient, images: list[str], folder: Path) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
-import time
 
 import nibabel
 import numpy as np
@@ -18,6 +17,7 @@ from pydicom.uid import generate_uid
 from make_dicom import write_stack
 from samadapt.dicomweb import child
 from serving import ROOT, ServeCommand
+from waiting import wait_until
 
 CT, MR = generate_uid(), generate_uid()
 PROXY = "proxy/dicom/qido"
@@ -47,13 +47,6 @@ def nifti(content):
     return nibabel.Nifti1Image.from_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
 
 
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
 @pytest.mark.e2e
 def test_a_folder_with_dicom_files_is_served_and_labels_survive_a_new_port(folder, tmp_path):
     server = ServeCommand(folder).start()
@@ -73,7 +66,7 @@ def test_a_folder_with_dicom_files_is_served_and_labels_survive_a_new_port(folde
         (dicomweb,) = children_of(server)
     finally:
         server.stop()
-    assert wait_until(lambda: not dicomweb.is_running()), "the DICOMweb server outlives the label server"
+    wait_until(lambda: not dicomweb.is_running())
 
     models = child.store_folder(folder) / ".samadapt" / "models"
     models.mkdir(parents=True)
@@ -87,7 +80,7 @@ def test_a_folder_with_dicom_files_is_served_and_labels_survive_a_new_port(folde
         (dicomweb,) = children_of(again)
     finally:
         again.kill()
-    assert wait_until(lambda: not dicomweb.is_running()), "the DICOMweb server outlives a label server that was killed"
+    wait_until(lambda: not dicomweb.is_running())
 
 
 @pytest.mark.e2e
@@ -99,7 +92,7 @@ def test_a_dicomweb_server_that_is_killed_is_started_again_at_the_same_address(f
             (dicomweb,) = children_of(server)
             before = requests.get(address, timeout=30).json()
             dicomweb.kill()
-            assert wait_until(lambda: requests.get(address, timeout=30).status_code == 200, 30)
+            wait_until(lambda: requests.get(address, timeout=30).status_code == 200)
             assert requests.get(address, timeout=30).json() == before
         assert server.log.read_text().count("the DICOMweb server has ended (code -9)") == 2
     finally:

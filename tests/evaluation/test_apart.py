@@ -1,12 +1,12 @@
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 
 from samadapt.evaluation.apart import LIBRARY, run_apart
+from waiting import wait_until
 
 
 def python(code):
@@ -61,18 +61,10 @@ def test_a_job_ends_with_the_one_it_is_done_for(tmp_path):
     start += f"run_job('endless', {{}}, Path({str(tmp_path)!r}), int)"
     paths = os.pathsep.join([str(LIBRARY), str(tmp_path)])
     caller = subprocess.Popen(python(start), env={**os.environ, "PYTHONPATH": paths})
-    job = int(until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
+    job = int(wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
     caller.kill()
     caller.wait()
-    until(lambda: gone(job))
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-    return found
+    wait_until(lambda: gone(job))
 
 
 def gone(pid):

@@ -16,6 +16,7 @@ from samadapt.encoding import SliceEncoder
 from samadapt.errors import InputError
 from samadapt.server import ahead
 from tiny import BACKBONES, write_phantom
+from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,17 +93,10 @@ def encoded(serving, path) -> int:
     return sum(SliceEncoder(serving.model, serving.cache).has(view, index) for index in range(len(view)))
 
 
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_every_image_is_encoded_and_looked_at_and_progress_says_so(working, serving, images, told):
     assert working.progress()["images_done"] == 0
     working.start()
-    wait_for(lambda: working.progress()["images_done"] == 3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
     assert all(encoded(serving, path) == 6 for path in images.values())
     assert told.looked == ["one", "two", "three"]
     assert told.failed == {}
@@ -115,7 +109,7 @@ def test_what_is_on_somebody_s_screen_comes_first(working, serving, images):
     working.first("two")
     working.first("three")
     working.start()
-    wait_for(lambda: len(order) == 3)
+    wait_until(lambda: len(order) == 3)
     assert order == ["three", "two", "one"]
 
 
@@ -128,13 +122,13 @@ def test_it_gives_way_to_requests_and_trainings(working, serving, images, traini
     time.sleep(0.3)
     assert not any(encoded(serving, path) for path in images.values())
     training.clear()
-    wait_for(lambda: working.progress()["images_done"] == 3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
 
 
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(working, serving, images, caplog, told):
     images["one"].write_bytes(b"no gzip")
     working.start()
-    wait_for(lambda: encoded(serving, images["three"]) == 6)
+    wait_until(lambda: encoded(serving, images["three"]) == 6)
     assert "one is not encoded ahead" in caplog.text
     assert list(told.failed) == ["one"]
 
@@ -146,24 +140,24 @@ def test_an_image_is_not_to_blame_for_a_damaged_model_or_label(working, monkeypa
 
     monkeypatch.setattr(working, *(("_embed", damaged) if at_fault == "model" else ("_look", damaged)))
     working.start()
-    wait_for(lambda: working.progress()["images_done"] == 3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
     assert "three is not encoded ahead" in caplog.text
     assert told.failed == {}
 
 
 def test_an_image_with_a_new_label_is_looked_at_again(working, told):
     working.start()
-    wait_for(lambda: len(told.looked) == 3)
+    wait_until(lambda: len(told.looked) == 3)
     working.again("two")
-    wait_for(lambda: told.looked[3:] == ["two"])
+    wait_until(lambda: told.looked[3:] == ["two"])
 
 
 def test_a_new_version_is_encoded_anew(working, serving, images):
     working.start()
-    wait_for(lambda: working.progress()["images_done"] == 3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
     serving.name = "v0001"
     assert working.progress()["images_done"] == 0
-    wait_for(lambda: working.progress()["images_done"] == 3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
 
 
 def test_a_full_cache_is_not_turned_over(working, serving, images, monkeypatch):

@@ -22,6 +22,7 @@ from samadapt.errors import InputError, NotFoundError, UnavailableError
 from samadapt.server import outbox
 from samadapt.server.dicom_datastore import SafeDicomDatastore
 from samadapt.server.pacs import check_uid
+from waiting import wait_until
 
 __all__ = ["pacs"]
 
@@ -36,13 +37,6 @@ def raw(path, mask):
 
 def store_of(pacs, tmp_path, name="cache"):
     return SafeDicomDatastore(DICOMwebClient(pacs.url), {"Modality": "CT"}, str(tmp_path / name))
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
 
 
 def segs_of(pacs, image=None):
@@ -344,7 +338,7 @@ def test_a_label_that_the_pacs_did_not_get_is_sent_by_itself_when_the_pacs_is_ba
     assert [(one["image"], one["author"]) for one in waiting] == [(case.uid, "ann"), (case.uid, "bob")]
     assert all("does not answer" in one["reason"] for one in waiting)
     case.pacs.start()
-    assert wait_until(lambda: not case.store.not_in_pacs())
+    wait_until(lambda: not case.store.not_in_pacs())
     assert {str(seg.ContentCreatorName).strip("^") for seg in segs_of(case.pacs)} == {"ann", "bob"}
     case.store.forget_lists()
     assert case.store.label_versions(case.uid)[0].info["client_id"] == "bob"
@@ -361,7 +355,7 @@ def test_a_label_that_the_pacs_did_not_get_is_sent_after_a_restart(case, monkeyp
     again = store_of(case.pacs, case.folder)
     assert [one["image"] for one in again.not_in_pacs()] == [case.uid]
     again.begin()
-    assert wait_until(lambda: not again.not_in_pacs())
+    wait_until(lambda: not again.not_in_pacs())
     assert len(segs_of(case.pacs)) == 1
     assert again.get_labeled_images() == [case.uid]
 
@@ -397,7 +391,7 @@ def test_what_the_pacs_refuses_is_told_and_tried_again(tmp_path, monkeypatch):
         assert "refused" in waiting["reason"]
         kept.unlink()
         (tmp_path / "kept").rename(kept)
-        assert wait_until(lambda: not case.store.not_in_pacs())
+        wait_until(lambda: not case.store.not_in_pacs())
         assert len(segs_of(running)) == 1
     finally:
         running.stop()

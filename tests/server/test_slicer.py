@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import nibabel
@@ -17,6 +16,7 @@ from samadapt.data.cases import find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.training.slices import read_case
 from serving import Server, make_volumes
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -146,13 +146,6 @@ def refused(reply):
     assert body["where"], body
     assert body["remedy"], body
     return body
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert condition()
 
 
 @pytest.fixture(scope="module")
@@ -349,21 +342,21 @@ def test_train_progress_stop_and_the_model_that_comes_of_it(slicer, server, imag
     options = {**slicer.options("trainers", "samadapt"), "client_id": slicer.client_id}
     started = slicer.answer("POST", "/train/samadapt", json=options)
     assert {"id", "status", "start_ts"} <= started.keys()
-    until(lambda: slicer.ask("GET", "/train/", params={"check_if_running": "true"}).status_code == 200)
+    wait_until(lambda: slicer.ask("GET", "/train/", params={"check_if_running": "true"}).status_code == 200, 120)
     stopped = slicer.answer("DELETE", "/train/")
     assert stopped["status"] == "STOPPED"
     assert isinstance(stopped["details"][-1], str)  # the extension reads the last line without a look
     assert slicer.ask("GET", "/train/", params={"check_if_running": "true"}).status_code == 404
 
     slicer.answer("POST", "/train/", json={"client_id": slicer.client_id})  # trainer "ALL"
-    until(lambda: slicer.ask("GET", "/train/", params={"check_if_running": "true"}).status_code == 200)
+    wait_until(lambda: slicer.ask("GET", "/train/", params={"check_if_running": "true"}).status_code == 200, 120)
     bars = []
 
     def over():
         bars.append(slicer.training_bar())
         return bars[-1] is None
 
-    until(over)
+    wait_until(over, 120)
     seen = [bar for bar in bars if bar is not None]
     assert seen == sorted(seen), seen
     assert 1 <= seen[0] <= seen[-1] <= 100
