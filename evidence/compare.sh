@@ -9,23 +9,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=lib OMP_NUM_THREADS=1
-data=../shared/data
+. evidence/sets.sh
 recipes=lora_late,samed,sam_lst,s_sam,autosam_vit,ft/lite_medsam/encoder+decoder/adapter,cheap_lunch,peft/dora
 study=$(printf 'ft/lite_medsam/%s,' {encoder+decoder,decoder}/{vanilla,adapter,lora})
 core=${1:-0}
 sets=${*:2}
 
 compare() { # SET OPTIONS...
-    local set=$1 labels
+    local set=$1
     shift
     case " ${sets:-$set} " in *" $set "*) ;; *) return ;; esac
-    case $set in
-        hippocampus_mr) labels=anterior,posterior ;;
-        acdc_mr) labels="right ventricle,myocardium,left ventricle" ;;
-        busi_us_2d) labels="benign lesion,malignant lesion" ;;
-        curvas_ct_2d) labels=pancreas,kidney,liver ;;
-    esac
-    taskset -c "$core" .venv/bin/python -m samadapt compare "$data/$set" --labels "$labels" --image-size 64 --test 8 "$@"
+    taskset -c "$core" .venv/bin/python -m samadapt compare "$(folder_of $set)" --labels "$(labels_of $set)" \
+        --image-size 64 --test 8 "$@"
 }
 
 steps() { # SET RECIPES OPTIONS...

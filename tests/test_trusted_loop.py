@@ -96,20 +96,15 @@ def held_out_dice(client: MONAILabelClient, images: list[str], folder: Path) -> 
     return float(np.mean(scores))
 
 
-def held_out(server: Server) -> list[str]:
+def cases_of(server: Server, wanted: str) -> list[str]:
     roles = json.loads(Project(server.studies).ledger.read_text())
-    return sorted(name.removeprefix("case ") for name, role in roles.items() if role == "held-out")
+    return sorted(name.removeprefix("case ") for name, role in roles.items() if (name[:5], role) == ("case ", wanted))
 
 
 def submit_shuffled(client: MONAILabelClient, images: list[str], folder: Path) -> None:
     """What a broken script sends: each case gets the label of another place and order."""
     for image in images:
         client.save_label(image, str(shuffled(image, folder)), params={"label_info": PERMUTED})
-
-
-def in_training(server: Server) -> list[str]:
-    roles = json.loads(Project(server.studies).ledger.read_text())
-    return sorted(name.removeprefix("case ") for name, role in roles.items() if role == "train")
 
 
 def pause(server: Server, paused: bool) -> None:
@@ -122,7 +117,7 @@ def test_ten_rounds_that_nobody_looks_after(server, tmp_path, record_property):
     history: list[tuple[list[str], float]] = []
     for turn in range(1, ROUNDS + 1):
         before, served = time.time(), Project(server.studies).published()
-        poisoned = in_training(server)[:POISONED] if turn == POISON else []
+        poisoned = cases_of(server, "train")[:POISONED] if turn == POISON else []
         if poisoned:
             pause(server, True)  # so that one training meets them all
             submit_shuffled(client, poisoned, tmp_path)
@@ -143,7 +138,7 @@ def test_ten_rounds_that_nobody_looks_after(server, tmp_path, record_property):
             server.start()
         ended = wait_for_training(server, before)
         assert ended["state"] == "done", ended
-        cases = held_out(server)
+        cases = cases_of(server, "held-out")
         score = held_out_dice(client, cases, tmp_path) if cases else float("nan")
         history.append((cases, score))
         print(
@@ -177,7 +172,7 @@ def look_again(client: MONAILabelClient, poisoned: list[str], folder: Path) -> N
 
 def test_rollback_brings_back_the_same_bytes(server, tmp_path):
     client = MONAILabelClient(server.url, tmpdir=str(tmp_path))
-    image = held_out(server)[0]
+    image = cases_of(server, "held-out")[0]
 
     def answer() -> tuple[bytes, str]:
         path, params = client.infer("samadapt", image, params={"result_extension": ".nii.gz"})

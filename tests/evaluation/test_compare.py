@@ -96,7 +96,7 @@ def test_every_run_is_done_once_and_a_later_call_does_what_is_missing(studies, t
     assert re.search(r"5 of 8: unet, 1 case, seed 0; about \d+ min left", seen[0][0])
     assert seen[-1][1:] == (8, 8)
     third = Runs()
-    compare(comparison(studies), tmp_path / "out", silent, third)
+    compare(comparison(studies.rename(tmp_path / "moved")), tmp_path / "out", silent, third)
     assert third.done == []
 
 

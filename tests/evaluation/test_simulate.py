@@ -105,7 +105,7 @@ def test_every_run_is_done_once_and_a_later_call_does_what_is_missing(studies, t
     assert "about 15 min left" in seen[1][0]
     assert seen[-1][1:] == (4, 4)
     third = Runs()
-    simulate(simulation(studies), tmp_path / "out", silent, third)
+    simulate(simulation(studies.rename(tmp_path / "moved")), tmp_path / "out", silent, third)
     assert third.done == []
 
 

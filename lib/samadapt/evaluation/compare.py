@@ -167,13 +167,12 @@ def _claim(records: Records, comparison: Comparison, split: NestedSplit) -> None
         ConfigError: cases, labels or settings differ; the message names what.
     """
     shared = {
-        "studies": str(comparison.studies.resolve()),
         "labels": list(comparison.labels.names),
         "settings": dict(sorted(comparison.settings.items())),
         "test cases": [case.id for case in split.testing],
         "other labelled cases": [case.id for case in split.available],
     }
-    records.claim("comparison", shared)
+    records.claim("comparison", shared, {"studies": str(comparison.studies.resolve())})
 
 
 def _time_left(records: Records, jobs: Mapping[str, Job], runs: int) -> str:

@@ -100,12 +100,13 @@ class Records:
         same = record is not None and record["settings"] == settings and "failed" not in record
         return record if same else None
 
-    def claim(self, what: str, shared: Mapping[str, Any]) -> None:
+    def claim(self, what: str, shared: Mapping[str, Any], where: Mapping[str, Any]) -> None:
         """Note under ``what`` (say "comparison") what all results of the folder share, with the packages' versions.
 
         Args:
             what: one word for people.
             shared: JSON.
+            where: JSON; noted with it and never compared, as folders move.
 
         Raises:
             ConfigError: the results there share something else, or are of something else; the message names what.
@@ -121,7 +122,7 @@ class Records:
                 where=self._path.parent,
                 remedy="Name another --output, or repeat the command that began this one.",
             )
-        self.value[what] = dict(shared)
+        self.value[what] = {**where, **shared}
         self.value["versions"] = {name: metadata.version(name) for name in PACKAGES}
 
     def measure(self, key: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def simulate(
     jobs = simulation.jobs(cases, plan, output)
     with alone_in(output):
         records = Records(output / RESULTS, PROGRAM)
-        records.claim("simulation", _shared(simulation, labelled, plan))
+        where = {"studies": str(simulation.studies.resolve())}
+        records.claim("simulation", _shared(simulation, labelled, plan), where)
         try:
             _play(jobs, records, output, progress, execute or in_own_process)
         finally:
@@ -198,7 +199,6 @@ def _describe(job: Job) -> str:
 
 def _shared(simulation: Simulation, labelled: Sequence[Case], plan: Plan) -> dict[str, Any]:
     return {
-        "studies": str(simulation.studies.resolve()),
         "labels": list(simulation.labels.names),
         "settings": dict(sorted(simulation.settings.items())),
         "labelled cases": [case.id for case in labelled],

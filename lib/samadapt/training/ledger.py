@@ -10,7 +10,7 @@ from typing import Any
 
 from samadapt.data.cases import Case
 from samadapt.errors import InputError
-from samadapt.files import write_json
+from samadapt.files import sha256_of, write_json
 
 HELD_OUT_EVERY = 4
 """Every fourth patient is held out; with fewer than four labelled ones all of them train."""
@@ -19,6 +19,9 @@ TRAIN, HELD_OUT = "train", "held-out"
 
 _MEMBER = " / case "
 """Between a patient and one of its cases in the names of the file."""
+
+_IMAGE, _OF = "image ", " of case "
+"""Around the SHA-256 of a case's image file in the names of the file."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Assignment:
 
 class Ledger:
     """A JSON file ``{group: "train" | "held-out"}``; a group is a patient, or a case whose patient is unknown.
+
+    An image file that comes again under another name, renamed or copied, keeps its role: the file also names the
+    SHA-256 of every case's image. (Folders of DICOM files have none; their UIDs tell them.)
 
     A case keeps its role also when its patient becomes known later, is named otherwise or is no longer known; the
     patient's other cases then share it. (If two cases of one patient had different roles by then, both keep them, and
@@ -66,15 +72,41 @@ class Ledger:
         self._restore(cases)
         ordered = sorted(cases, key=lambda case: case.id)
         for case in ordered:
+            image = self._image_of(case)
             if self._known(case.id) is None:
-                group = f"patient {case.patient}" if case.patient else f"case {case.id}"
-                role = self._roles.setdefault(group, self._role_of_patient(case, ordered) or self._draw(cases))
-                if case.patient:
-                    self._roles[f"{group}{_MEMBER}{case.id}"] = role
+                self._assign(case, self._role_of_image(image), ordered)
+            if image is not None:
+                self._roles[f"{image}{_OF}{case.id}"] = str(self._known(case.id))
         if len(self._roles) != before:
             write_json(self._path, self._roles)
         training = [case for case in cases if self._known(case.id) == TRAIN]
         return training, [case for case in cases if self._known(case.id) == HELD_OUT]
+
+    def _assign(self, case: Case, role: str | None, cases: Sequence[Case]) -> None:
+        """Give a new case its role: that of the same image (``role``), else its patient's, else the next."""
+        if role is not None:
+            self._roles[f"case {case.id}"] = role
+            return
+        group = f"patient {case.patient}" if case.patient else f"case {case.id}"
+        role = self._roles.setdefault(group, self._role_of_patient(case, cases) or self._draw(cases))
+        if case.patient:
+            self._roles[f"{group}{_MEMBER}{case.id}"] = role
+
+    def _image_of(self, case: Case) -> str | None:
+        """Its image file's SHA-256 as the file names it; None where that is noted already, or there is no such file."""
+        noted = any(name.startswith(_IMAGE) and name.endswith(f"{_OF}{case.id}") for name in self._roles)
+        return None if noted or not case.image.is_file() else f"{_IMAGE}{sha256_of(case.image)}"
+
+    def _role_of_image(self, image: str | None) -> str | None:
+        """What a case with the very same image was given; held out if any was."""
+        if image is None:
+            return None
+        roles = {role for name, role in self._roles.items() if name.startswith(f"{image}{_OF}")}
+        return next((role for role in (HELD_OUT, TRAIN) if role in roles), None)
+
+    def _groups(self) -> list[str]:
+        """Patients, and cases without one, in the order in which they were given roles."""
+        return [name for name in self._roles if _MEMBER not in name and not name.startswith(_IMAGE)]
 
     def explain(self, cases: Sequence[Case]) -> list[Assignment]:
         """Every case's role and the reason, those that only the file knows among them, by id; decides nothing."""
@@ -95,7 +127,7 @@ class Ledger:
         if role is None:
             return "the next training decides" if case.label else "no label yet"
         names = [name for name in self._roles if _case_of(name) == case.id]
-        groups = [name for name in self._roles if _MEMBER not in name]
+        groups = self._groups()
         group = names[0].split(_MEMBER)[0]
         if group not in groups:
             return "decided earlier"
@@ -103,7 +135,8 @@ class Ledger:
         what = group if group.startswith("patient ") else "it"
         beside = f", with {others} more of the same patient" if others > 0 else ""
         regular = (number % HELD_OUT_EVERY == 0) == (role == HELD_OUT)
-        rule = f"one in {HELD_OUT_EVERY} is held out" if regular else "restored, or no other was left to hold out"
+        others_why = "restored, the same image as another, or no other was left to hold out"
+        rule = f"one in {HELD_OUT_EVERY} is held out" if regular else others_why
         return f"{what} is number {number}, {rule}{beside}"
 
     def _restore(self, cases: Sequence[Case]) -> None:
@@ -125,7 +158,7 @@ class Ledger:
 
     def _draw(self, cases: Sequence[Case]) -> str:
         """Every fourth group is held out; and one at once where those that were have lost their labels."""
-        groups = sum(_MEMBER not in name for name in self._roles)
+        groups = len(self._groups())
         present = {case.patient or f"case {case.id}": role for case in cases if (role := self._known(case.id))}
         none_left = len(present) >= HELD_OUT_EVERY - 1 and HELD_OUT not in present.values()
         return HELD_OUT if none_left or groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
