@@ -175,22 +175,10 @@ class _Training:
             model.load_trained(start)
         parent = start.stem if start else None
         prepared = self._prepare(model)
-        known = {case.id for case in self._training}
-        learning = [case for case in prepared if case.id in known]
-        checking = [case for case in prepared if case.id not in known and case.plane == 0]
-        if self._config.slices_per_case is not None:
-            learning = [few_slices(case, self._config.slices_per_case, model.info.recipe.seed) for case in learning]
+        learning, checking = self._shared_out(prepared, model.info.recipe.seed)
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
-        remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
-        remarks += partly_labelled(prepared)
-        if synthetic and synthetic.remark:
-            remarks.append(synthetic.remark)
-        if self._restored:
-            remarks.append(
-                f"{self._project.ledger.name} had lost {len(self._restored)} cases; they train or are held out as the "
-                f"models' manifests say: {', '.join(self._restored)}"
-            )
+        remarks = self._odd_about(prepared, synthetic)
         for remark in remarks:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
@@ -227,6 +215,27 @@ class _Training:
             remarks=result.remarks,
         )
         return result
+
+    def _shared_out(self, prepared: Sequence[PreparedCase], seed: int) -> tuple[list[PreparedCase], list[PreparedCase]]:
+        """What is learned from, and the held-out cases, which need no second plane."""
+        known = {case.id for case in self._training}
+        learning = [case for case in prepared if case.id in known]
+        if self._config.slices_per_case is not None:
+            learning = [few_slices(case, self._config.slices_per_case, seed) for case in learning]
+        return learning, [case for case in prepared if case.id not in known and case.plane == 0]
+
+    def _odd_about(self, prepared: Sequence[PreparedCase], synthetic: SyntheticSlices | None) -> list[str]:
+        """What the annotators should know of the labels that are learned from."""
+        remarks = [f"{case.id}: {case.remark}" for case in prepared if case.remark and case.plane == 0]
+        remarks += partly_labelled(prepared)
+        if synthetic and synthetic.remark:
+            remarks.append(synthetic.remark)
+        if self._restored:
+            remarks.append(
+                f"{self._project.ledger.name} had lost {len(self._restored)} cases; they train or are held out as the "
+                f"models' manifests say: {', '.join(self._restored)}"
+            )
+        return remarks
 
     def _untrained(self, plan: Plan) -> AdaptedModel:
         config = self._config
