@@ -1,5 +1,6 @@
 """MONAI Label's score, beside its own definition."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from samadapt import recipes
 from samadapt.activelearning.strategy import Candidate, Pool
 from samadapt.data.geometry import Geometry
 from samadapt.data.volume import Volume
-from samadapt.evaluation.epistemic import Epistemic, mean_entropy
+from samadapt.evaluation.epistemic import LEAST, PASSES, Epistemic, mean_entropy
 from tiny import BACKBONES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +50,18 @@ def test_a_sure_model_scores_near_nothing_and_an_empty_rest_lowers_the_score(vol
     )
     doubtful = mean_entropy(model_that_says([0.0, 0.0, 0.0]), volume, seed=0)
     assert mean_entropy(half, volume, seed=0) == pytest.approx((sure + doubtful) / 2, rel=1e-4)
+
+
+def test_only_a_probability_of_nothing_is_replaced_and_in_the_pass_that_gave_it(volume):
+    small = 1e-7
+    model = model_that_says([0.0, math.log(small), math.log(small)])
+    assert mean_entropy(model, volume, seed=0) == pytest.approx(-2 * small * math.log(small), rel=1e-3)
+
+    passes = itertools.cycle([[0.0, 0.0, -200.0]] + [[200.0, 0.0, 0.0]] * (PASSES - 1))
+    mean = (0.5 + (PASSES - 1) * LEAST) / PASSES  # of class a: found in one pass, exactly 0 in the others
+    wanted = -mean * math.log(mean) - LEAST * math.log(LEAST)
+    model = model_that_says(lambda e: torch.tensor(next(passes)).view(1, 3, 1, 1).expand(len(e), 3, 16, 16))
+    assert mean_entropy(model, volume, seed=0) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_dropout_makes_passes_differ_and_the_seed_decides_it(volume):

@@ -29,7 +29,7 @@ DROPOUT = 0.2
 on the embedding."""
 
 LEAST = 0.00005
-"""MONAI Label's threshold: probabilities of 0 count as this."""
+"""MONAI Label's threshold: a probability of exactly 0 counts as this, in the pass that gave it; smaller ones stay."""
 
 BATCH = 8
 
@@ -75,13 +75,14 @@ def mean_entropy(model: AdaptedModel, volume: Volume, seed: int, cache: SliceCac
     for start in range(0, len(view), BATCH):
         embeddings = encoder.embeddings(view, range(start, min(start + BATCH, len(view))))
         shares = torch.stack([_pass(model, view, embeddings, generator) for _ in range(PASSES)]).mean(dim=0)
-        shares = shares[:, 1:].clamp(min=LEAST)
+        shares = shares[:, 1:]
         total += float(-(shares * shares.log()).sum(dim=1).mean(dim=(1, 2)).sum())
     return total / len(view)
 
 
 def _pass(model: AdaptedModel, view: ModelView, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-    """(N,K+1,H,W) class probabilities of slices at their own resolution."""
+    """(N,K+1,H,W) class probabilities of slices at their own resolution, none of them 0."""
     kept = torch.rand(embeddings.shape, generator=generator) >= DROPOUT
     logits = model.class_logits(embeddings * kept.to(embeddings.device) / (1 - DROPOUT))
-    return torch.stack([view.frame.logits_to_native(one).softmax(dim=0) for one in logits])
+    shares = torch.stack([view.frame.logits_to_native(one).softmax(dim=0) for one in logits])
+    return shares.masked_fill(shares <= 0, LEAST)
