@@ -1,8 +1,9 @@
 """Print the README's tables of strategies and draw its curves from the simulations in this folder:
 python evidence/strategies.py
 
-Areas are those of the simulations' reports: mean Dice over the labelled slices that all strategies of a seed cover. The
-p-values are of the corrected resampled t-test, not adjusted: each asks about one rival alone.
+Areas are those of the simulations' reports: mean Dice over the labelled slices that all strategies of a seed cover, and
+for a comparison of two those that the two cover. The p-values are of the corrected resampled t-test, not adjusted: each
+asks about one rival alone.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "lib"))
 
-from samadapt.evaluation.label_efficiency import corrected_paired_test, mean_curve  # noqa: E402
+from samadapt.evaluation.label_efficiency import Curve, duels, mean_curve  # noqa: E402
 from samadapt.evaluation.page import chart_png  # noqa: E402
-from samadapt.evaluation.simulate_report import DECIDING, areas_of, arm  # noqa: E402
+from samadapt.evaluation.simulate_report import DECIDING, areas_of, arm, curves_of, largest_test_share  # noqa: E402
+from samadapt.terminal import figure  # noqa: E402
 
 SETS = {"hippocampus_mr": "hippocampus", "acdc_mr": "ACDC", "curvas_ct_2d": "CURVAS (2D)"}
 UNITS = "units"
 OURS, RIVALS = "auto", ("random_fg", "epistemic")
 PICTURE = HERE.parent / "docs" / "strategies.png"
 COLOURS = {OURS: "tab:blue", "random_fg": "tab:orange", "epistemic": "tab:green"}
-
-Areas = Mapping[str, Mapping[int, float]]
 
 
 def runs_of(name: str) -> list[dict[str, Any]]:
@@ -45,12 +45,10 @@ def runs_of(name: str) -> list[dict[str, Any]]:
     return [run for run in found if run["settings"]["seed"] in whole]
 
 
-def against(areas: Areas, one: str, other: str, share: float) -> str:
+def against(curves: Mapping[str, Mapping[int, Curve]], one: str, other: str, share: float) -> str:
     """Mean difference of two strategies' areas, who won how many seeds, and how likely that is by chance."""
-    differences = [areas[one][seed] - areas[other][seed] for seed in areas[one]]
-    wins, losses = (sum(sign * value > 0 for value in differences) for sign in (1, -1))
-    p_value = corrected_paired_test(differences, share)
-    return f"{np.mean(differences):+.3f} ({wins} : {losses}, p {p_value:.2f})"
+    (duel,) = duels({name: curves[name] for name in (one, other)}, share)
+    return f"{duel.difference:+.3f} ({duel.wins} : {duel.losses}, p {figure(duel.p_value, 2)})"
 
 
 def summary(found: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -65,8 +63,8 @@ def summary(found: Mapping[str, list[dict[str, Any]]]) -> None:
         cells = [f"{means[name][key]:.3f} ± {np.std(list(areas[name][key].values()), ddof=1):.3f}" for name in means]
         print(f"| `{key}` | {' | '.join(cells)} | {overall[key]:.3f} |")
     for name, runs in found.items():
-        share = max(len(run["settings"]["testing"]) / len(run["settings"]["pool"]) for run in runs)
-        told = [f"{rival} {against(areas[name], OURS, rival, share)}" for rival in RIVALS]
+        curves, share = curves_of(runs, DECIDING), largest_test_share(runs)
+        told = [f"{rival} {against(curves, OURS, rival, share)}" for rival in RIVALS]
         print(f"\n{SETS[name]}, {len(areas[name][OURS])} seeds: {OURS} less {', '.join(told)}")
 
 

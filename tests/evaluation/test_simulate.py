@@ -13,7 +13,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.errors import ConfigError, InputError
 from samadapt.evaluation import simulate_pool
 from samadapt.evaluation.simulate import Simulation, simulate
-from samadapt.evaluation.simulate_report import areas_of
+from samadapt.evaluation.simulate_report import areas_of, stretches_of
 from samadapt.evaluation.simulate_run import Protocol
 from tiny import write_studies
 
@@ -25,7 +25,9 @@ PROTOCOL = Protocol(rounds=3, per_round=1, slices_per_case=2, steps=2, copies=0,
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setattr(simulate_pool, "names", lambda: ["auto", "random", "random_fg", "entropy", "epistemic"])
+    monkeypatch.setattr(
+        simulate_pool, "names", lambda: ["auto", "random", "random_fg", "entropy", "epistemic", "first"]
+    )
 
 
 @pytest.fixture
@@ -191,24 +193,44 @@ def test_the_summary_puts_the_best_first_and_says_who_won(studies, tmp_path):
     assert duel.difference == pytest.approx(-0.2)
 
 
-def test_areas_are_taken_where_all_of_a_seed_reach():
-    def run(strategy, seed, budget, dice):
-        rounds = [
-            {"dice": d, **dict.fromkeys(("slices", "volumes", "clicks", "seconds"), b)}
-            for b, d in zip(budget, dice, strict=True)
-        ]
-        return {"settings": {"recipe": "r", "strategy": strategy, "unit": "volumes", "seed": seed}, "rounds": rounds}
+def record(strategy, seed, budget, dice):
+    rounds = [
+        {"dice": d, **dict.fromkeys(("slices", "volumes", "clicks", "seconds"), b)}
+        for b, d in zip(budget, dice, strict=True)
+    ]
+    return {"settings": {"recipe": "r", "strategy": strategy, "unit": "volumes", "seed": seed}, "rounds": rounds}
 
-    found = areas_of(
-        [
-            run("short", 0, [10, 20], [0.4, 0.6]),
-            run("long", 0, [5, 15, 35], [0.0, 0.2, 0.6]),
-            run("long", 1, [5, 15], [0.2, 0.4]),
-        ]
-    )["slices"]
+
+def test_areas_are_taken_where_all_of_a_seed_reach():
+    runs = [
+        record("short", 0, [10, 20], [0.4, 0.6]),
+        record("long", 0, [5, 15, 35], [0.0, 0.2, 0.6]),
+        record("long", 1, [5, 15], [0.2, 0.4]),
+    ]
+    found = areas_of(runs)["slices"]
     assert found["short"][0] == pytest.approx(0.5)
     # from 10 (0.1) by 15 (0.2) to 20 (0.3)
     assert found["long"] == pytest.approx({0: 0.2, 1: 0.3})
+    assert stretches_of(runs)["slices"] == {0: (10, 20), 1: (5, 15)}
+
+
+def test_the_page_says_over_which_part_of_the_budget_it_compares(studies, tmp_path):
+    runs = Runs()
+
+    def early(job, folder, tell):
+        result = runs(job, folder, tell)
+        return {**result, "rounds": result["rounds"][: 2 if job.strategy == "first" else 3]}
+
+    strategies = ("random", "entropy", "first")
+    report = simulate(simulation(studies, strategies=strategies), tmp_path / "out", silent, early)
+    stretches = {(duel.first, duel.second): duel.stretch for duel in report.duels["autosam_linear"]}
+    assert stretches == {("random", "entropy"): (6, 18), ("random", "first"): (6, 12), ("entropy", "first"): (6, 12)}
+    assert report.stretches["autosam_linear"]["slices"] == (6, 12)
+    text = " ".join(re.sub(r"<[^>]+>", " ", report.page.read_text(encoding="utf-8")).split())
+    assert "labelled slices 6 to 12" in text
+    assert "annotation, minutes 1 to 2" in text
+    assert "random entropy 6 to 18 0 2 -0.2000 - -" in text  # two seeds: no p-value
+    assert text.count("6 to 18") == 1
 
 
 def test_the_sheet_has_one_row_for_each_run_round_and_class(studies, tmp_path):

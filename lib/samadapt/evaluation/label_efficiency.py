@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import integrate, stats
@@ -14,6 +15,24 @@ from samadapt.evaluation.intervals import Estimate, estimate
 
 SIGNIFICANT = 0.05
 """Adjusted p-value below which a win is called one."""
+
+FEWEST_DRAWS = 4
+"""With fewer the spread of the differences is hardly known, and no p-value is given."""
+
+NO_SPREAD = 1e-9
+"""Standard deviation of differences below which they are the same but for rounding."""
+
+
+class Curve(NamedTuple):
+    """What one run reached over a budget.
+
+    Attributes:
+        budget: cumulative, one for each round, rising.
+        dice: 0..1, one for each round; NaN where none was defined.
+    """
+
+    budget: Sequence[float]
+    dice: Sequence[float]
 
 
 def area_under_budget_curve(budget: Sequence[float], dice: Sequence[float], low: float, high: float) -> float:
@@ -55,14 +74,12 @@ def corrected_paired_test(differences: Sequence[float], test_share: float) -> fl
         test_share: test cases of a draw, by its other cases.
 
     Returns:
-        0..1; NaN with fewer than two draws.
+        0..1; NaN with fewer than ``FEWEST_DRAWS`` draws, and where all differences are the same.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
+    if len(values) < FEWEST_DRAWS or values.std() < NO_SPREAD:
         return math.nan
     deviation = math.sqrt((1 / len(values) + test_share) * float(values.var(ddof=1)))
-    if deviation == 0:
-        return 1.0 if values[0] == 0 else 0.0
     return float(2 * stats.t.sf(abs(values.mean()) / deviation, df=len(values) - 1))
 
 
@@ -79,11 +96,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two ways to choose, by the areas under their curves for the same seeds.
+    """Two ways to choose, by the areas under their curves for the same seeds, over what these two curves share.
 
     Attributes:
         first: name.
         second: name.
+        stretch: first and last budget of that part, mean over the seeds; NaN where there is none.
         wins: seeds with a larger area for the first.
         losses: seeds with a larger area for the second.
         difference: mean area of the first less that of the second.
@@ -93,6 +111,7 @@ class Duel:
 
     first: str
     second: str
+    stretch: tuple[float, float]
     wins: int
     losses: int
     difference: float
@@ -105,31 +124,47 @@ class Duel:
         return self.adjusted < SIGNIFICANT
 
 
-def duels(areas: Mapping[str, Mapping[int, float]], test_share: float) -> list[Duel]:
-    """Every pair of ``areas``, over the seeds that both have.
+def duels(curves: Mapping[str, Mapping[int, Curve]], test_share: float) -> list[Duel]:
+    """Every pair of ``curves``, over the seeds that both have; what others reach has no part in it.
 
     Args:
-        areas: name -> seed -> area under the curve; NaN do not count.
+        curves: name -> seed -> curve. A seed whose two curves share no part of the budget does not count.
         test_share: see ``corrected_paired_test``.
     """
-    found = []
-    for first, second in itertools.combinations(areas, 2):
-        seeds = sorted(areas[first].keys() & areas[second].keys())
-        differences = [areas[first][seed] - areas[second][seed] for seed in seeds]
-        found.append((first, second, [value for value in differences if not math.isnan(value)]))
-    p_values = [corrected_paired_test(differences, test_share) for _, _, differences in found]
+    found = [
+        (first, second, _differences(curves[first], curves[second]))
+        for first, second in itertools.combinations(curves, 2)
+    ]
+    p_values = [corrected_paired_test([value for value, _ in pairs], test_share) for _, _, pairs in found]
     return [
         Duel(
             first,
             second,
-            sum(value > 0 for value in differences),
-            sum(value < 0 for value in differences),
-            float(np.mean(differences)) if differences else math.nan,
+            mean_stretch([stretch for _, stretch in pairs]),
+            sum(value > 0 for value, _ in pairs),
+            sum(value < 0 for value, _ in pairs),
+            float(np.mean([value for value, _ in pairs])) if pairs else math.nan,
             p_value,
             adjusted,
         )
-        for (first, second, differences), p_value, adjusted in zip(found, p_values, holm(p_values), strict=True)
+        for (first, second, pairs), p_value, adjusted in zip(found, p_values, holm(p_values), strict=True)
     ]
+
+
+def mean_stretch(stretches: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean begin and mean end; NaN without any."""
+    begin, end = np.mean(stretches, axis=0) if stretches else (math.nan, math.nan)
+    return float(begin), float(end)
+
+
+def _differences(first: Mapping[int, Curve], second: Mapping[int, Curve]) -> list[tuple[float, tuple[float, float]]]:
+    """By seed, areas of the first less those of the second, each with the stretch that it is over."""
+    found = []
+    for seed in sorted(first.keys() & second.keys()):
+        stretch = shared_stretch([first[seed].budget, second[seed].budget])
+        mine, its = (area_under_budget_curve(*curve, *stretch) for curve in (first[seed], second[seed]))
+        found.append((mine - its, stretch))
+    return [pair for pair in found if not math.isnan(pair[0])]
 
 
 def mean_curve(

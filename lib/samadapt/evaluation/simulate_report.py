@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from samadapt.data.window import default_window
 from samadapt.evaluation import annotator, page
 from samadapt.evaluation.intervals import Estimate, estimate
 from samadapt.evaluation.label_efficiency import (
+    FEWEST_DRAWS,
+    Curve,
     Duel,
     area_under_budget_curve,
     duels,
     mean_curve,
+    mean_stretch,
     shared_stretch,
 )
 from samadapt.evaluation.pictures import blend, colour
@@ -47,6 +50,9 @@ BUDGETS = {
     "seconds": "annotation, minutes",
 }
 """What a curve may be drawn over, and what people read below it."""
+
+SHOWN_IN = {"seconds": 60}
+"""How much of a budget is one of what people read; 1 where nothing is said."""
 
 DECIDING = "slices"
 """The budget by which ways to choose are compared: a case with more slices is more work and teaches more."""
@@ -111,6 +117,8 @@ class Report:
         sheet: the CSV file.
         curves: the PNG file; None where there is no finished run.
         rows: the summary.
+        stretches: recipe -> budget -> begin and end, mean over the seeds, of what the areas in ``rows`` are over; NaN
+            where the ways to choose share nothing.
         duels: recipe -> every pair of ways to choose, by the area over ``DECIDING``.
         failed: the runs without a result: ``recipe``, ``arm``, ``seed`` and ``why``.
     """
@@ -119,6 +127,7 @@ class Report:
     sheet: Path
     curves: Path | None
     rows: list[Row]
+    stretches: dict[str, dict[str, tuple[float, float]]]
     duels: dict[str, list[Duel]]
     failed: list[dict[str, Any]]
 
@@ -144,11 +153,15 @@ def write(value: Mapping[str, Any], output: Path) -> Report:
         for record in results
         if "failed" in record
     ]
-    areas = {recipe: areas_of(runs) for recipe, runs in _grouped(finished, "recipe").items()}
-    shares = [len(r["settings"]["testing"]) / len(r["settings"]["pool"]) for r in finished]
-    tests = {recipe: duels(found[DECIDING], max(shares)) for recipe, found in areas.items()}
-    rows = [row for recipe, runs in _grouped(finished, "recipe").items() for row in _rows(recipe, runs, areas[recipe])]
-    report = Report(output / PAGE, output / SHEET, output / CURVES if finished else None, rows, tests, failed)
+    recipes = _grouped(finished, "recipe")
+    tests = {recipe: duels(curves_of(runs, DECIDING), largest_test_share(finished)) for recipe, runs in recipes.items()}
+    rows = [row for recipe, runs in recipes.items() for row in _rows(recipe, runs)]
+    stretches = {
+        recipe: {budget: mean_stretch(_real(by_seed.values())) for budget, by_seed in stretches_of(runs).items()}
+        for recipe, runs in recipes.items()
+    }
+    curves = output / CURVES if finished else None
+    report = Report(output / PAGE, output / SHEET, curves, rows, stretches, tests, failed)
     with atomic_path(report.sheet) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
@@ -161,21 +174,45 @@ def write(value: Mapping[str, Any], output: Path) -> Report:
     return report
 
 
-def areas_of(runs: Sequence[Record]) -> dict[str, dict[str, dict[int, float]]]:
-    """Budget -> way to choose -> seed -> area under the curve, over the stretch that all ways cover with that seed."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for budget in BUDGETS:
-        by_arm: dict[str, dict[int, float]] = {_names(run)["arm"]: {} for run in runs}
-        for seed, same in _grouped(runs, "seed").items():
-            low, high = shared_stretch([_spent(run, budget) for run in same])
-            for run in same:
-                area = area_under_budget_curve(_spent(run, budget), _dice(run), low, high)
-                by_arm[_names(run)["arm"]][seed] = area
-        found[budget] = by_arm
+def curves_of(runs: Sequence[Record], budget: str) -> dict[str, dict[int, Curve]]:
+    """Way to choose -> seed -> Dice over a budget."""
+    found: dict[str, dict[int, Curve]] = {}
+    for run in runs:
+        found.setdefault(_names(run)["arm"], {})[run["settings"]["seed"]] = Curve(_spent(run, budget), _dice(run))
     return found
 
 
-def _rows(recipe: str, runs: Sequence[Record], areas: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[Row]:
+def stretches_of(runs: Sequence[Record]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Budget -> seed -> begin and end of what all ways to choose cover; the end may lie before the begin."""
+    by_seed = _grouped(runs, "seed")
+    return {
+        budget: {seed: shared_stretch([_spent(run, budget) for run in same]) for seed, same in by_seed.items()}
+        for budget in BUDGETS
+    }
+
+
+def areas_of(runs: Sequence[Record]) -> dict[str, dict[str, dict[int, float]]]:
+    """Budget -> way to choose -> seed -> area under the curve, over the stretch that all ways cover with that seed."""
+    return {
+        budget: {
+            name: {seed: area_under_budget_curve(*curve, *stretches[seed]) for seed, curve in own.items()}
+            for name, own in curves_of(runs, budget).items()
+        }
+        for budget, stretches in stretches_of(runs).items()
+    }
+
+
+def largest_test_share(runs: Sequence[Record]) -> float:
+    """Test cases by cases of the pool, of the run where this is largest; see ``corrected_paired_test``."""
+    return max(len(run["settings"]["testing"]) / len(run["settings"]["pool"]) for run in runs)
+
+
+def _real(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(begin, end) for begin, end in stretches if begin < end]
+
+
+def _rows(recipe: str, runs: Sequence[Record]) -> list[Row]:
+    areas = areas_of(runs)
     rows = []
     for name, own in _by_arm(runs).items():
         last = [run["rounds"][-1] for run in own]
@@ -218,6 +255,8 @@ def _page(value: Mapping[str, Any], finished: Sequence[Record], report: Report) 
         annotator=annotator,
         labels=[(name, to_hex(colour(index))) for index, name in enumerate(labels.names, start=1)],
         budgets=BUDGETS,
+        units={key: SHOWN_IN.get(key, 1) for key in BUDGETS},
+        fewest=FEWEST_DRAWS,
         deciding=BUDGETS[DECIDING],
         report=report,
         charts=[(BUDGETS[key], page.chart_uri(_curves(finished, key))) for key in BUDGETS] if finished else [],
@@ -241,7 +280,7 @@ def _curves(finished: Sequence[Record], budget: str) -> Figure:
         for panel, (recipe, runs) in zip(panels, recipes.items(), strict=True):
             for name, own in _by_arm(runs).items():
                 x, found = mean_curve([_spent(run, budget) for run in own], [_dice(run) for run in own])
-                x = [value / 60 for value in x] if budget == "seconds" else x
+                x = [value / SHOWN_IN.get(budget, 1) for value in x]
                 style = page.line_style(names.index(name))
                 panel.plot(x, [one.mean for one in found], label=name, marker="o", markersize=3, **style)
                 low, high = ([getattr(one, end) for one in found] for end in ("low", "high"))
