@@ -209,7 +209,7 @@ def train(
             result = run(cases, label_map, config, project, progress)
         value = {**plain(result), "labels": label_map.names}
         rows = [[name, figure(score)] for name, score in result.dice.items()]
-        if result.interval and result.interval.count > 1:
+        if result.interval and not math.isnan(result.interval.low):
             rows.append(["mean, 95 % interval", f"{figure(result.interval.low)} to {figure(result.interval.high)}"])
         shown = [table("Dice on the held-out cases", ["structure", "Dice"], rows)] if rows else []
         lines = [str(result.model), f"{result.steps} steps in {result.seconds:.0f} s; {result.reason}."]

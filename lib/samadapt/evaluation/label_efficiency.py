@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import integrate, stats
 
-from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.intervals import SHARE, Estimate, estimate
 
 SIGNIFICANT = 0.05
 """Adjusted p-value below which a win is called one."""
@@ -170,7 +170,7 @@ def _differences(first: Mapping[int, Curve], second: Mapping[int, Curve]) -> lis
 def mean_curve(
     budgets: Sequence[Sequence[float]], dice: Sequence[Sequence[float]]
 ) -> tuple[list[float], list[Estimate]]:
-    """Round by round over several runs: mean budget, and mean Dice with its bootstrap interval over the runs.
+    """Round by round over several runs: mean budget, and mean Dice with its interval over the runs.
 
     Args:
         budgets: of each run, cumulative, one for each round.
@@ -180,4 +180,4 @@ def mean_curve(
         As many values as the shortest run has rounds.
     """
     spent = [float(np.mean(values)) for values in zip(*budgets, strict=False)]
-    return spent, [estimate(values) for values in zip(*dice, strict=False)]
+    return spent, [estimate(values, SHARE) for values in zip(*dice, strict=False)]

@@ -24,7 +24,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.slices import take_slice
 from samadapt.data.window import default_window
 from samadapt.evaluation import annotator, page
-from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.intervals import METHOD, SHARE, Estimate, estimate
 from samadapt.evaluation.label_efficiency import (
     FEWEST_DRAWS,
     Curve,
@@ -221,8 +221,8 @@ def _rows(recipe: str, runs: Sequence[Record]) -> list[Row]:
                 recipe,
                 name,
                 sorted(run["settings"]["seed"] for run in own),
-                {budget: estimate(by_arm[name].values()) for budget, by_arm in areas.items()},
-                estimate(_float(done["dice"]) for done in last),
+                {budget: estimate(by_arm[name].values(), SHARE) for budget, by_arm in areas.items()},
+                estimate((_float(done["dice"]) for done in last), SHARE),
                 **{key: _mean(last, key) for key in ("slices", "volumes", "clicks")},
                 minutes=_mean(last, "seconds") / 60,
             )
@@ -251,6 +251,7 @@ def _page(value: Mapping[str, Any], finished: Sequence[Record], report: Report) 
     recipes = _grouped(finished, "recipe")
     return page.template("simulate.html").render(
         simulation=simulation,
+        intervals=METHOD,
         protocol=simulation["protocol"],
         annotator=annotator,
         labels=[(name, to_hex(colour(index))) for index, name in enumerate(labels.names, start=1)],
@@ -298,7 +299,9 @@ def _by_class(recipes: Mapping[str, Sequence[Record]], labels: LabelMap) -> list
         {
             "recipe": recipe,
             "arm": name,
-            "dice": [estimate(_float(run["rounds"][-1]["by_class"][label]) for run in own) for label in labels.names],
+            "dice": [
+                estimate((_float(run["rounds"][-1]["by_class"][label]) for run in own), SHARE) for label in labels.names
+            ],
         }
         for recipe, runs in recipes.items()
         for name, own in _by_arm(runs).items()
