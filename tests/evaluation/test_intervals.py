@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from samadapt.evaluation.intervals import FEWEST, SHARE, estimate
+from samadapt.evaluation.intervals import DICE, FEWEST, estimate
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=12))
 def test_the_interval_contains_the_mean_and_lies_within_what_can_be(values):
-    found = estimate(values, SHARE)
+    found = estimate(values, DICE)
     assert 0 <= found.low <= found.mean + 1e-9
     assert found.mean - 1e-9 <= found.high <= 1
 
@@ -35,8 +35,8 @@ def test_few_values_get_the_interval_of_students_t(values):
 
 
 def test_an_interval_ends_where_the_quantity_does():
-    assert estimate([0.9, 1.0, 1.0], SHARE).high == 1.0
-    assert estimate([0.0, 0.0, 0.1], SHARE).low == 0.0
+    assert estimate([0.9, 1.0, 1.0], DICE).high == 1.0
+    assert estimate([0.0, 0.0, 0.1], DICE).low == 0.0
     assert estimate([0.9, 1.0, 1.0]).high > 1
     assert estimate([1.0, 9.0, 1.0], (0, math.inf)).low == 0
 

@@ -23,7 +23,7 @@ from samadapt.data.cases import find_cases
 from samadapt.data.labels import LabelMap
 from samadapt.evaluation import page
 from samadapt.evaluation.compare_run import MASKS, run_folder
-from samadapt.evaluation.intervals import LENGTH, METHOD, SHARE, Estimate, estimate
+from samadapt.evaluation.intervals import DICE, LENGTH, METHOD, Estimate, estimate
 from samadapt.evaluation.metrics import mean
 from samadapt.evaluation.pictures import blend, colour, widest_slice_of
 from samadapt.evaluation.records import describe_machine
@@ -191,7 +191,7 @@ def _scores(runs: Sequence[Record], names: Sequence[str]) -> Scores:
     }
     flat = [pair for found in pairs.values() for pair in found]
     return Scores(
-        estimate((mean(_float(pair["dice"]) for pair in found) for found in pairs.values()), SHARE),
+        estimate((mean(_float(pair["dice"]) for pair in found) for found in pairs.values()), DICE),
         estimate((mean(_float(pair["hd95_mm"]) for pair in found) for found in pairs.values()), LENGTH),
         sum(pair["hd95_mm"] is not None for pair in flat),
         sum(map(_missed, flat)),

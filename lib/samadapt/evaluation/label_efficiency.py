@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import integrate, stats
 
-from samadapt.evaluation.intervals import SHARE, Estimate, estimate
+from samadapt.evaluation.intervals import DICE, Estimate, estimate
 
 SIGNIFICANT = 0.05
 """Adjusted p-value below which a win is called one."""
@@ -180,4 +180,4 @@ def mean_curve(
         As many values as the shortest run has rounds.
     """
     spent = [float(np.mean(values)) for values in zip(*budgets, strict=False)]
-    return spent, [estimate(values, SHARE) for values in zip(*dice, strict=False)]
+    return spent, [estimate(values, DICE) for values in zip(*dice, strict=False)]

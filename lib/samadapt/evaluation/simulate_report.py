@@ -24,7 +24,7 @@ from samadapt.data.labels import LabelMap
 from samadapt.data.slices import take_slice
 from samadapt.data.window import default_window
 from samadapt.evaluation import annotator, page
-from samadapt.evaluation.intervals import METHOD, SHARE, Estimate, estimate
+from samadapt.evaluation.intervals import DICE, METHOD, Estimate, estimate
 from samadapt.evaluation.label_efficiency import (
     FEWEST_DRAWS,
     Curve,
@@ -221,8 +221,8 @@ def _rows(recipe: str, runs: Sequence[Record]) -> list[Row]:
                 recipe,
                 name,
                 sorted(run["settings"]["seed"] for run in own),
-                {budget: estimate(by_arm[name].values(), SHARE) for budget, by_arm in areas.items()},
-                estimate((_float(done["dice"]) for done in last), SHARE),
+                {budget: estimate(by_arm[name].values(), DICE) for budget, by_arm in areas.items()},
+                estimate((_float(done["dice"]) for done in last), DICE),
                 **{key: _mean(last, key) for key in ("slices", "volumes", "clicks")},
                 minutes=_mean(last, "seconds") / 60,
             )
@@ -300,7 +300,7 @@ def _by_class(recipes: Mapping[str, Sequence[Record]], labels: LabelMap) -> list
             "recipe": recipe,
             "arm": name,
             "dice": [
-                estimate((_float(run["rounds"][-1]["by_class"][label]) for run in own), SHARE) for label in labels.names
+                estimate((_float(run["rounds"][-1]["by_class"][label]) for run in own), DICE) for label in labels.names
             ],
         }
         for recipe, runs in recipes.items()
