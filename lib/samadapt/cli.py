@@ -500,6 +500,8 @@ def _agreement(scores: list[dict[str, Any]], model: AdaptedModel, path: Path | N
         f"Estimates and true Dice of {agreed.count} masks: rank correlation {figure(agreed.rank_correlation, 2)}, "
         f"mean error {figure(agreed.error, 2)}, estimates too high by {figure(agreed.bias, 2)}."
     )
+    if agreed.not_found:
+        said += f" Structures that are there but were not found, so that they have no estimate: {agreed.not_found}."
     seen = sorted({score["case"] for score in scores} & set(model.info.training.get("held_out", [])))
     if seen:
         said += f" They were set right on {len(seen)} of these {len(scores)} cases, so the error and bias flatter."

@@ -17,6 +17,8 @@ def test_figures_by_hand():
     assert found.rank_correlation == pytest.approx(1.0)
     assert found.error == pytest.approx(0.1)
     assert found.bias == pytest.approx(0.1 / 3)
+    assert found.not_found == 1  # there, and without an estimate
+    assert agreement([math.nan, math.nan], [math.nan, 0.0]).not_found == 1
 
 
 def test_the_reverse_order_correlates_negatively():

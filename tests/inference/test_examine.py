@@ -30,7 +30,7 @@ def volume(request):
     return Volume(values, Geometry(SHAPE, request.param), "MR", Path("noise"))
 
 
-def model_that_says(monkeypatch, shares, planes="acquisition"):
+def model_that_says(monkeypatch, shares, planes="acquisition", labels=LABELS):
     """A model whose class probabilities are ``shares``, (K+1,I,J,K) on the native grid."""
 
     def logits(model, view, cache):
@@ -39,7 +39,7 @@ def model_that_says(monkeypatch, shares, planes="acquisition"):
             yield index, torch.from_numpy(np.log([take_slice(one, view.axis, index) for one in turned]))
 
     monkeypatch.setattr(auto, "_logits", logits)
-    model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]())
+    model = recipes.build("autosam_linear", labels, BACKBONES["per_head"]())
     model.describe(trained=True, planes=planes)
     return model
 
@@ -86,6 +86,35 @@ def test_what_is_nowhere_has_no_overlap_and_no_doubt(volume, monkeypatch):
     assert not mask.any()
     assert np.isnan(found.overlap).all()
     assert not found.doubt.any()
+
+
+@pytest.mark.parametrize("most", [0.005, 0.099])
+def test_a_class_that_is_found_and_suspected_nowhere_has_no_overlap_whatever_softmax_leaves(volume, monkeypatch, most):
+    """A little probability in every voxel adds up to many voxels; that is no sign of the structure."""
+    shares = np.full((3, *SHAPE), 0.005, np.float32)
+    shares[1, 2:6, 2:6, 2:6] = 0.85
+    shares[2, 0, 0, 0] = most
+    shares[0] = 1 - shares[1:].sum(axis=0)
+    mask, found = examine(model_that_says(monkeypatch, shares), volume)
+    assert 2 not in mask
+    assert math.isnan(found.overlap[1])
+    assert found.overlap[0] == pytest.approx(2 * 64 * 0.85 / (64 * 1.85 + (720 - 64) * 0.005), rel=1e-3)
+
+
+def test_a_class_that_is_suspected_but_not_found_has_an_overlap_of_nothing(volume, monkeypatch):
+    shares = np.full((3, *SHAPE), 0.005, np.float32)
+    shares[2, 2:6, 2:6, 2:6] = 0.3
+    shares[0] = 1 - shares[1:].sum(axis=0)
+    assert examine(model_that_says(monkeypatch, shares), volume)[1].overlap[1] == 0
+
+
+def test_what_is_found_with_a_small_share_among_many_classes_has_an_overlap(volume, monkeypatch):
+    labels = tuple(f"class {n}" for n in range(12))
+    shares = np.full((13, *SHAPE), 0.91 / 12, np.float32)
+    shares[3] = 0.09
+    mask, found = examine(model_that_says(monkeypatch, shares, labels=labels), volume)
+    assert (mask == 3).all()
+    assert found.overlap[2] == pytest.approx(2 * 0.09 / 1.09, rel=1e-3)
 
 
 def test_json_and_back(volume, monkeypatch):

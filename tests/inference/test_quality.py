@@ -66,6 +66,17 @@ def test_classes_that_are_nowhere_have_no_estimate_and_slices_come_worst_first()
     assert found.dice["liver"] == pytest.approx(0.8)
     assert found.unsure == [2, 1, 3]
     assert found.to_dict()["mean"] == 0.8
+    assert found.to_dict()["not_found"] == ["tumour"]
+
+
+def test_the_slices_to_look_at_first_lie_in_what_was_found():
+    """One doubtful speckle in each slice beside the object is more doubt on the mean, and nothing to look at."""
+    areas = np.array([[0], [0], [40], [60], [40], [0], [1]])
+    doubt = np.array([0.9, 0.8, 0.2, 0.0, 0.3, 0.7, 0.6])
+    found = quality(("liver",), Examination(2, areas, doubt, doubt[:, None], np.array([0.9])), {})
+    assert found.unsure == [4, 2]
+    nowhere = quality(("liver",), Examination(2, 0 * areas, doubt, doubt[:, None], np.array([0.0])), {})
+    assert nowhere.unsure == [0, 1, 5, 6, 4]
 
 
 def test_nothing_found_has_no_mean():

@@ -1,5 +1,7 @@
 """The infer tasks without a server: label maps, slices, formats, and the cache of models and images."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
@@ -96,6 +98,19 @@ def test_every_mask_says_what_it_is_worth_and_where_the_model_is_least_sure(tmp_
     _, params = run(infer.Segmentation(Published(LabelMap(("a", "b"))), labels_of(tmp_path, "a", "b")), image)
     assert params["quality"]["dice"] == {"a": 0.9, "b": 0.9}
     assert params["quality"]["unsure_slices"][:2] == [4, 3]
+
+
+def test_a_structure_that_is_not_there_is_said_to_be_not_found_and_has_no_figure(tmp_path, image, monkeypatch):
+    def examine(model, volume, **_):
+        mask, sure = found(np.ones(volume.geometry.shape, np.uint8), 2)
+        return mask, replace(sure, overlap=np.array([0.9, np.nan]))
+
+    monkeypatch.setattr(infer, "examine", examine)
+    _, params = run(infer.Segmentation(Published(LabelMap(("a", "b"))), labels_of(tmp_path, "a", "b")), image)
+    assert params["quality"]["dice"] == {"a": 0.9}
+    assert params["quality"]["mean"] == 0.9
+    assert params["quality"]["not_found"] == ["b"]
+    json.dumps(params, allow_nan=False)
 
 
 def test_label_prompt_restricts_the_classes(tmp_path, image, asked):

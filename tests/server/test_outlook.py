@@ -189,6 +189,7 @@ def test_the_worklist_orders_what_has_been_examined_and_names_the_rest(outlook, 
     listed = outlook.worklist()
     assert listed["model_version"] == "v0001"
     assert {case["id"] for case in listed["cases"]} == {"case_1", "case_2"}
+    assert all({*case["dice"], *case["not_found"]} == set(LABELS) for case in listed["cases"])
     means = [case["mean"] if case["mean"] is not None else -1 for case in listed["cases"]]
     assert means == sorted(means)
     assert listed["not_examined_yet"] == ["case_0", "case_3"]

@@ -3,17 +3,19 @@
 import { button, element } from './dom.js';
 import { jumpToSlice, sliceNumber } from './viewer.js';
 
-/** @param {?{dice: Object, error: Object, mean: ?number, unsure_slices: number[]}} quality of the reply; null: nothing known */
+/**
+ * @param {?{dice: Object, error: Object, mean: ?number, not_found: string[], unsure_slices: number[]}} quality of the
+ *   reply; null: nothing known
+ */
 export function showQuality(node, quality) {
   node.replaceChildren();
   if (!quality) return;
-  const rows = Object.entries(quality.dice).map(([name, dice]) =>
-    element(
-      'tr',
-      {},
-      element('th', { scope: 'row', textContent: name }),
-      element('td', { textContent: `${dice.toFixed(2)} ± ${quality.error[name].toFixed(2)}` })
-    )
+  const figures = Object.entries(quality.dice).map(([name, dice]) => [
+    name,
+    `${dice.toFixed(2)} ± ${quality.error[name].toFixed(2)}`,
+  ]);
+  const rows = [...figures, ...quality.not_found.map((name) => [name, 'not found'])].map(([name, worth]) =>
+    element('tr', {}, element('th', { scope: 'row', textContent: name }), element('td', { textContent: worth }))
   );
   if (rows.length) node.append(element('table', {}, element('caption', { textContent: 'Expected Dice' }), ...rows));
   if (quality.unsure_slices.length) node.append(sliceButtons('Least sure', quality.unsure_slices));

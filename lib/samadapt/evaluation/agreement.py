@@ -27,23 +27,27 @@ class Agreement:
         error: mean absolute difference; NaN without masks.
         bias: mean of estimate minus truth; NaN without masks.
         count: how many masks have both.
+        not_found: how many structures have a true Dice and no estimate: they are there, and the model neither finds nor
+            suspects them.
     """
 
     rank_correlation: float
     error: float
     bias: float
     count: int
+    not_found: int
 
 
 def agreement(estimated: Sequence[float], truth: Sequence[float]) -> Agreement:
     """Compare pairs; those where either is NaN do not count."""
+    not_found = sum(math.isnan(one) and not math.isnan(true) for one, true in zip(estimated, truth, strict=True))
     pairs = np.array([pair for pair in zip(estimated, truth, strict=True) if not math.isnan(sum(pair))]).reshape(-1, 2)
     if not len(pairs):
-        return Agreement(math.nan, math.nan, math.nan, 0)
+        return Agreement(math.nan, math.nan, math.nan, 0, not_found)
     varied = len(pairs) >= FEWEST_RANKED and bool((np.ptp(pairs, axis=0) > 0).all())
     correlation = float(spearmanr(*pairs.T).statistic) if varied else math.nan
     difference = pairs[:, 0] - pairs[:, 1]
-    return Agreement(correlation, float(np.abs(difference).mean()), float(difference.mean()), len(pairs))
+    return Agreement(correlation, float(np.abs(difference).mean()), float(difference.mean()), len(pairs), not_found)
 
 
 def plot(

@@ -18,7 +18,7 @@ from samadapt.model import AdaptedModel
 
 SUSPECTED = 0.1
 """Where all foreground classes together have this probability or more, a pixel counts for how sure the model is: the
-empty rest of a volume is easy and would drown what matters."""
+empty rest of a volume is easy and would drown what matters. A class that has it nowhere is suspected nowhere."""
 
 _TINY = 1e-6
 
@@ -35,7 +35,8 @@ class Examination:
         doubt: (N,) 0..1, mean entropy (in units of log(K+1)) over the suspected pixels; 0 where there are none.
         class_doubt: (N,K) the same over those suspected pixels whose likeliest foreground class is this one.
         overlap: (K,) 0..1, the Dice that the mask would have if the probabilities were right: twice the probability
-            inside the mask, by mask plus probability. NaN where the class is in neither.
+            inside the mask, by mask plus probability. NaN for a class that is neither in the mask nor suspected: the
+            trace of probability that softmax leaves in every voxel adds up, but says nothing.
     """
 
     axis: int
@@ -93,10 +94,12 @@ def examine(
     own_axis, rows = 0, {}
     inside = np.zeros(len(model.info.labels))
     both = np.zeros(len(model.info.labels))
+    highest = np.zeros(len(model.info.labels))
     for axis, index, shares in class_shares(model, volume, cache, progress):
         own_axis, found = axis, shares.argmax(axis=0).astype(np.uint8)
         put_slice(mask, axis, index, found)
         rows[index] = _measure(found, shares)
+        highest = np.maximum(highest, shares[1:].max(axis=(1, 2)))
         for n in range(len(inside)):
             inside[n] += float(shares[n + 1][found == n + 1].sum())
             both[n] += float(shares[n + 1].sum()) + int((found == n + 1).sum())
@@ -105,8 +108,9 @@ def examine(
     if turn.steps[native][1] < 0:
         ordered = ordered[::-1]
     classes = len(inside)
-    overlap = np.where(both > 1, 2 * inside / np.maximum(both, _TINY), math.nan)
     areas, doubt, class_doubt = np.split(ordered, [classes, classes + 1], axis=1)
+    there = areas.any(axis=0) | (highest >= SUSPECTED)
+    overlap = np.where(there, 2 * inside / np.maximum(both, _TINY), math.nan)
     return np.ascontiguousarray(turn.back(mask)), Examination(
         native, areas.astype(np.int64), doubt[:, 0].copy(), class_doubt.copy(), overlap
     )

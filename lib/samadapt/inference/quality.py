@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from samadapt.activelearning.suggest import doubtful_foreground
 from samadapt.evaluation.metrics import mean
 from samadapt.inference.examine import Examination
 
@@ -72,12 +73,15 @@ class Quality:
 
     Attributes:
         dice: class name -> estimated Dice 0..1; only classes that were found or suspected.
+        not_found: the other classes. Where they are rightly absent they have no Dice, and else it is 0; nobody knows.
         error: class name -> typical error of that estimate.
         mean: mean of ``dice``; NaN where there is none.
         unsure: slices where the model is least sure, the worst first, across the acquisition axis of the stored image.
+            Only those that show what was found; where that is nothing, any.
     """
 
     dice: dict[str, float]
+    not_found: list[str]
     error: dict[str, float]
     mean: float
     unsure: list[int]
@@ -88,6 +92,7 @@ class Quality:
             "dice": {name: round(value, 2) for name, value in self.dice.items()},
             "error": {name: round(value, 2) for name, value in self.error.items()},
             "mean": None if math.isnan(self.mean) else round(self.mean, 2),
+            "not_found": self.not_found,
             "unsure_slices": self.unsure,
         }
 
@@ -106,9 +111,16 @@ def quality(names: Sequence[str], examination: Examination, kept: Mapping[str, A
     calibrations = {name: Calibration(**kept[name]) if name in kept else Calibration() for name in names}
     raw = dict(zip(names, examination.overlap.tolist(), strict=True))
     dice = {name: calibrations[name].estimate(value) for name, value in raw.items() if not math.isnan(value)}
-    worst = np.argsort(-examination.doubt, kind="stable")[:UNSURE_SLICES]
-    unsure = [int(index) for index in worst if examination.doubt[index] > 0]
-    return Quality(dice, {name: calibrations[name].error for name in dice}, mean(dice.values()), unsure)
+    error = {name: calibrations[name].error for name in dice}
+    not_found = [name for name in names if name not in dice]
+    return Quality(dice, not_found, error, mean(dice.values()), _unsure(examination))
+
+
+def _unsure(examination: Examination) -> list[int]:
+    doubt = examination.doubt
+    shown = doubtful_foreground(examination, doubt)
+    worst = shown[np.argsort(-doubt[shown], kind="stable")][:UNSURE_SLICES]
+    return [int(index) for index in worst if doubt[index] > 0]
 
 
 def _shift(rest: np.ndarray) -> float:
