@@ -55,6 +55,20 @@ def test_what_a_label_says_itself_counts_more_than_what_is_assumed():
     assert Coverage(ALL, ALL).or_else(assumed) == Coverage(ALL, ALL)
 
 
+def test_a_mask_of_0_and_255_without_names_is_no_label():
+    """As drawing programs write masks. Taken for "not labelled", it would teach nothing, and nobody would know."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:3, 1:3] = IGNORE
+    with pytest.raises(InputError, match="255") as caught:
+        remap_covered(mask, None, LABELS, UNSAID, 2)
+    assert "1" in caught.value.remedy
+    assert remap_covered(mask, {IGNORE: "liver"}, LABELS, UNSAID, 2)[1].mapped == {"liver": 24}
+    mask[0] = 1
+    _, report = remap_covered(mask, None, LABELS, UNSAID, 2)
+    assert (report.mapped, report.ignored) == ({"spleen": 30}, 24)
+    assert not remap_covered(0 * mask, None, LABELS, UNSAID, 2)[0].any()
+
+
 @given(labels_as_submitted, st.sets(st.integers(0, 3), min_size=1), st.integers(0, 2))
 @settings(max_examples=50, deadline=None)
 def test_other_slices_are_ignored_whatever_they_show(label, numbers, axis):

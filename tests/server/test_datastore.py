@@ -99,7 +99,7 @@ def test_who_labelled_is_a_text(studies, tmp_path):
     assert stored(studies) is None
 
 
-@pytest.mark.parametrize(("value", "taken"), [(2, True), (IGNORE, True), (3, False), (0, True)])
+@pytest.mark.parametrize(("value", "taken"), [(2, True), (3, False), (0, True)])
 def test_a_mask_without_names_is_refused_where_its_values_are_none_of_the_known_labels(studies, tmp_path, value, taken):
     datastore = SafeDatastore(str(studies))
     datastore.known_labels = lambda: LabelMap(("liver", "spleen"))
@@ -112,6 +112,26 @@ def test_a_mask_without_names_is_refused_where_its_values_are_none_of_the_known_
         assert caught.value.where == "label_info"
         assert "1 = liver, 2 = spleen" in caught.value.remedy
     assert (datastore.local_label("a") is not None) == taken
+
+
+@pytest.mark.parametrize("labels", [None, LabelMap(("liver",))])
+def test_the_255_of_drawing_programs_is_refused_without_a_name(studies, tmp_path, labels):
+    """Without a name 255 is "not labelled": all of it would be left out while the reply says that it is safe."""
+    datastore = SafeDatastore(str(studies))
+    datastore.known_labels = lambda: labels
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:3, 1:3] = IGNORE
+    file = save(tmp_path / "l.nii.gz", mask)
+    with pytest.raises(InputError, match="255") as caught:
+        datastore.save_label("a", file, "final", {})
+    assert caught.value.where == "label_info"
+    assert "label_info" in caught.value.remedy
+    assert "1" in caught.value.remedy
+    assert datastore.local_label("a") is None
+    datastore.save_label("a", file, "final", info_of(IGNORE))
+    mask[0] = 1
+    datastore.save_label("b", save(tmp_path / "m.nii.gz", mask), "final", {})
+    assert {"a", "b"} <= set(datastore.get_labeled_images())
 
 
 def test_images_are_listed_and_labels_found_again(studies, tmp_path):

@@ -117,6 +117,7 @@ FRONT_BACK = LabelMap(("front", "back"))
         (named("front", "front"), {1, 2}, FRONT_BACK, ["values 1, 2", "'front'", "one structure"]),
         (named("front"), {1, 7}, FRONT_BACK, ["value 7", "no name"]),
         (None, {1, 2}, FRONT_BACK, ["no names", "1 = front, 2 = back"]),
+        (None, {1, 255}, FRONT_BACK, ["no names", "1 = front, 2 = back, 255 = not labelled"]),
         (None, {1}, None, ["no names", "nothing can be learned"]),
         (named("front"), set(), FRONT_BACK, ["empty"]),
     ],

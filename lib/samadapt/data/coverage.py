@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,28 @@ class Coverage:
 UNSAID = Coverage()
 
 
+def check_nameless(present: Collection[int], where: str | None = None) -> None:
+    """Refuse a mask without names that holds 0 and 255 alone.
+
+    Drawing programs write masks so, with 255 for the structure. Without a name it means that nobody has labelled there:
+    nothing would be learned from the label.
+
+    Args:
+        present: its values; 0 does not matter.
+        where: for the error.
+
+    Raises:
+        InputError: it is such a mask.
+    """
+    if set(present) - {0} == {IGNORE}:
+        raise InputError(
+            f"the mask's only value is {IGNORE}, which without a name means that nobody has labelled there",
+            where=where,
+            remedy=f"Write 1 (the first structure) instead of {IGNORE}, or name it when you submit the label: "
+            f'"label_info": [{{"name": ..., "idx": {IGNORE}}}] in params.',
+        )
+
+
 def remap_covered(
     label: np.ndarray, values: Mapping[int, str] | None, labels: LabelMap, coverage: Coverage, axis: int
 ) -> tuple[np.ndarray, RemapReport]:
@@ -117,9 +139,11 @@ def remap_covered(
         As ``remap``.
 
     Raises:
-        InputError: as ``remap``, or a labelled slice that the image does not have.
+        InputError: as ``remap``, as ``check_nameless``, or a labelled slice that the image does not have.
     """
     mask, report = remap(label, values, labels, left_out=coverage.left_out(label, values, axis))
+    if values is None and report.ignored and not report.mapped:
+        check_nameless(np.unique(label).tolist())
     unknown = coverage.unknown(labels, report.absent)
     if drawn := [labels.index(name) for name in unknown if name in report.mapped]:
         mask[np.isin(mask, drawn)] = 0

@@ -29,7 +29,7 @@ from filelock import FileLock
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, labelled_slices
+from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, check_nameless, labelled_slices
 from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, NotFoundError, StateError
@@ -128,6 +128,7 @@ def drawn_names(info: Mapping[str, Any]) -> list[str]:
 
 def _check_nameless(present: set[int], labels: LabelMap | None) -> None:
     """Values without names are taken for the label map's, which is a guess; refuse where it must be wrong."""
+    check_nameless(present, "label_info")
     unknown = sorted(present - set(range(1, len(labels.names) + 1)) - {IGNORE}) if labels else []
     if labels and unknown:
         order = ", ".join(f"{index} = {name}" for index, name in enumerate(labels.names, start=1))
@@ -450,8 +451,8 @@ class SafeDatastore(LocalDatastore):
 
         Raises:
             InputError: unknown image, bad tag, unreadable mask, other grid, a ``label_info`` that is none, none at all
-                for values that the label map does not have, or labelled slices or classes (see ``Coverage.from_info``)
-                that the image cannot have; nothing is stored then.
+                for values that the label map does not have or for 255 alone, or labelled slices or classes (see
+                ``Coverage.from_info``) that the image cannot have; nothing is stored then.
             StateError: another label counts now than ``based_on`` says; nothing is stored then.
         """
         tag = check_tag(label_tag)

@@ -13,6 +13,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from samadapt.data.coverage import UNSAID, Coverage
 from samadapt.data.labels import (
     BACKGROUND,
+    IGNORE,
     IGNORED_NAMES,
     LabelMap,
     class_names,
@@ -161,6 +162,8 @@ def _odd(
     entries = submitted.get("label_info")
     if entries is None:
         order = ", ".join(f"{value} = {name}" for value, name in enumerate(known, start=1))
+        if order and IGNORE in present:
+            order += f", {IGNORE} = not labelled"
         assumed = f"they are taken for {order}" if order else "nothing can be learned from them"
         return [f"the label's values have no names: {assumed}"]
     named = values_from_label_info(entries)
