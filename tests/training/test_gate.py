@@ -81,13 +81,13 @@ HELD_OUT = [Case("a", None), Case("b", None)]
 
 @pytest.mark.parametrize(("better", "may"), [(0.1, True), (0.0, True), (-0.001, False)])
 def test_equal_may_and_worse_may_not_and_both_figures_are_told(published, monkeypatch, better, may):
-    old = {"a": {"bright": 0.5, "dark": 0.5}, "b": {"bright": 0.7, "dark": NAN}}
+    old = {"a": {"bright": 0.5, "dark": 0.5}, "b": {"bright": 0.7, "dark": NAN}, "c": {"bright": 0.6, "dark": 0.6}}
     new = {case: {name: value + better for name, value in scores.items()} for case, scores in old.items()}
     monkeypatch.setattr(gate, "measure_cases", lambda *args: (old, {}))
-    verdict = judge(Measured(new), HELD_OUT, LABELS, AppConfig(), published())
+    verdict = judge(Measured(new), [*HELD_OUT, Case("c", None)], LABELS, AppConfig(), published())
     assert verdict.published is may
     assert verdict.current == "v0001"
-    assert f"held-out Dice {0.6 + better:.3f}, v0001 has 0.600 on the same 2 cases" in verdict.reason
+    assert f"held-out Dice {0.6 + better:.3f}, v0001 has 0.600 on the same 3 cases" in verdict.reason
     assert f"difference {better:+.3f}, 95 % interval {better:+.3f} to {better:+.3f}" in verdict.reason
     assert verdict.figures["held_out"]["difference"]["mean"] == pytest.approx(better)
 
@@ -111,11 +111,11 @@ def test_one_structure_is_not_given_up_for_a_better_mean(published, monkeypatch,
         assert "bright (0.800 before, 0.300 now)" in verdict.reason
 
 
-def test_one_case_is_said_to_give_no_interval(published, monkeypatch):
+def test_too_few_cases_are_said_to_give_no_interval(published, monkeypatch):
     monkeypatch.setattr(gate, "measure_cases", lambda *args: ({"a": {"bright": 0.5, "dark": 0.5}}, {}))
     new = Measured({"a": {"bright": 0.4, "dark": 0.4}})
     assert (
-        "difference -0.100; one case gives no interval"
+        "difference -0.100; fewer than 3 cases give no interval"
         in judge(new, HELD_OUT[:1], LABELS, AppConfig(), published()).reason
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from samadapt.data.cases import Case
 from samadapt.data.slice_cache import SliceCache
-from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.intervals import DICE, Estimate, estimate
 from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
 from samadapt.training.loop import Budget, frame_dice
@@ -78,7 +78,7 @@ class CrossValidation:
     @property
     def interval(self) -> Estimate:
         """Over the parts, each the mean of its classes."""
-        return estimate(mean(part.values()) for part in self.scores.values())
+        return estimate((mean(part.values()) for part in self.scores.values()), DICE)
 
     @property
     def dice(self) -> float:

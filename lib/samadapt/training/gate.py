@@ -20,7 +20,7 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.errors import InputError, WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
-from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.intervals import DICE, FEWEST, Estimate, estimate
 from samadapt.evaluation.metrics import dice
 from samadapt.inference.examine import examine
 from samadapt.model import AdaptedModel, read_info_if_readable
@@ -207,8 +207,8 @@ def _by_held_out(own: CaseDice, other: CaseDice, current: str, new: Collection[s
     if not pairs:
         reason = f"published without a comparison with {current}: the held-out cases show none of the structures"
         return Verdict(True, reason, current)
-    after, before = (estimate(side) for side in zip(*pairs, strict=True))
-    difference = estimate(mine - its for mine, its in pairs)
+    after, before = (estimate(side, DICE) for side in zip(*pairs, strict=True))
+    difference = estimate((mine - its for mine, its in pairs), (-1.0, 1.0))
     figures = (
         f"held-out Dice {after.mean:.3f}, {current} has {before.mean:.3f} on the same {_cases(len(pairs))} "
         f"({_difference(difference)})"
@@ -281,8 +281,8 @@ def _cases(count: int) -> str:
 
 
 def _difference(estimate: Estimate) -> str:
-    if estimate.count < 2:
-        return f"difference {estimate.mean:+.3f}; one case gives no interval"
+    if estimate.count < FEWEST:
+        return f"difference {estimate.mean:+.3f}; fewer than {FEWEST} cases give no interval"
     return f"difference {estimate.mean:+.3f}, 95 % interval {estimate.low:+.3f} to {estimate.high:+.3f}"
 
 

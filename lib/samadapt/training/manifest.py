@@ -12,7 +12,7 @@ from typing import Any
 import samadapt
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
-from samadapt.evaluation.intervals import Estimate, estimate
+from samadapt.evaluation.intervals import DICE, Estimate, estimate
 from samadapt.evaluation.metrics import mean, mean_by_class
 from samadapt.inference.quality import calibrate
 from samadapt.model import AdaptedModel
@@ -84,14 +84,14 @@ def manifest(
 
 def interval_of(scores: CaseDice) -> Estimate:
     """The mean over classes, over the cases."""
-    return estimate(mean(case.values()) for case in scores.values())
+    return estimate((mean(case.values()) for case in scores.values()), DICE)
 
 
 def intervals(scores: CaseDice) -> dict[str, Any]:
     """Of each class, and of the mean over classes, over the cases."""
     names = next(iter(scores.values()))
     return {
-        "classes": {name: estimate(case[name] for case in scores.values()) for name in names},
+        "classes": {name: estimate((case[name] for case in scores.values()), DICE) for name in names},
         "mean": interval_of(scores),
     }
 
