@@ -24,7 +24,7 @@ from samadapt.files import atomic_path
 from samadapt.inference.examine import Examination, examine
 from samadapt.model import AdaptedModel
 
-FORMAT = "samadapt-survey-1"
+FORMAT = "samadapt-survey-2"
 
 DESCRIPTORS = frozenset({"descriptor", "slice_descriptors"})
 """Of the frozen encoder alone."""
