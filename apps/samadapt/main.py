@@ -86,6 +86,7 @@ class SamAdaptApp(MONAILabelApp):
             self.upcoming,
             datastore.image_path,
             lambda: is_under_way(self.project),
+            self.outlook.wanted,
             self.outlook.look,
             self.outlook.unreadable,
         )

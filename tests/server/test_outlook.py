@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,33 @@ def test_bald_asks_earlier_versions_and_only_once_somebody_wants_it(outlook, ser
     outlook.look("case_1", lambda: None)
     assert with_earlier.max() > 0
     assert not np.allclose(with_earlier, outlook._candidate("case_1").spread)
+
+
+def test_the_configured_strategy_s_needs_are_gathered_before_anybody_asks(studies, store, serving):
+    serving.train()
+    outlook = outlook_of(studies, store, serving, strategy="bald")
+    outlook.look("case_1", lambda: None)
+    assert outlook._candidate("case_1").spread is not None
+
+
+def test_a_strategy_that_nobody_has_asked_for_yet_changes_what_is_wanted(outlook, store, serving):
+    serving.train()
+    before = outlook.wanted()
+    outlook.propose(strategy("entropy"), "ann")
+    assert outlook.wanted() == before
+    outlook.propose(strategy("disagreement"), "ann")
+    assert outlook.wanted() != before
+    outlook.look("case_1", lambda: None)
+    assert outlook._survey.missing("case_1", Path(store.image_path("case_1")), "v0001", {"disagreement"}) == frozenset()
+
+
+def test_a_full_cache_keeps_nobody_from_looking_and_gets_nothing(outlook, serving, monkeypatch):
+    monkeypatch.setattr(serving.cache, "filled", lambda: 0.95)
+    serving.train()
+    outlook.look("case_1", lambda: None)
+    assert outlook.quality("case_1") is not None
+    assert outlook._candidate("case_1").descriptor is not None
+    assert serving.cache.bytes_used() == 0
 
 
 def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):

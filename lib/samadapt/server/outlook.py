@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+from samadapt.activelearning import registry
 from samadapt.activelearning.leases import Leases
 from samadapt.activelearning.observe import EARLIER
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
@@ -24,7 +25,8 @@ from samadapt.training.slices import read_case
 logger = logging.getLogger(__name__)
 
 ALWAYS = frozenset({"descriptor", "slice_descriptors", "examination", "label_dice"})
-"""What is gathered of every case whatever the strategy; the rest only once a strategy has asked for it."""
+"""What is gathered of every case whatever the strategy; the rest only for the configured one, and for those that
+somebody has chosen."""
 
 AHEAD = 4
 """So many cases are ranked beyond those that somebody has. To rank all would take seconds among thousands, and
@@ -53,7 +55,7 @@ class Outlook:
         encoder = f"{config.backbone}-{config.image_size or 'auto'}"
         self._survey = Survey(project.root / "survey" / encoder)
         self._lock = threading.Lock()
-        self._needs = set(ALWAYS)
+        self._needs = ALWAYS | registry.strategy(config.strategy).needs
         self._unreadable: dict[str, str] = {}
         self._order: list[str] = []
         self._cases: dict[str, Case] = {}
@@ -68,6 +70,10 @@ class Outlook:
         ahead = sorted(unlabelled, key=lambda case: (place.get(case, len(place)), case))
         return ahead + sorted(set(self._datastore().list_images()) - set(unlabelled))
 
+    def wanted(self) -> Hashable:
+        """For what ``look`` gathers: the version in service, and what strategies need. Cheap."""
+        return self._models.version(), self._needs
+
     def look(self, image: str, wait: Callable[[], None]) -> None:
         """Gather what strategies need of one image. ``wait`` returns when the machine is free for it."""
         served = self._models.current()
@@ -79,6 +85,7 @@ class Outlook:
         missing = self._survey.missing(image, path, version, needs, label_file)
         if not missing:
             return
+        cache = self._models.cache
         volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
             image,
@@ -89,7 +96,7 @@ class Outlook:
             model=served.model if trained else None,
             version=version,
             earlier=self._models.earlier(EARLIER) if "spread" in missing else (),
-            cache=self._models.cache,
+            cache=cache.reader() if cache.full() else cache,
             label=label,
             label_file=label_file,
             progress=lambda done, total: wait(),
