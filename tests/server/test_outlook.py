@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from samadapt.activelearning.registry import NAMES, strategy
 from samadapt.config import AppConfig
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import read_volume
+from samadapt.inference.examine import examine
 from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
 from samadapt.server.models import PLAIN
@@ -254,6 +256,24 @@ def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):
     serving.train()
     outlook.look("case_3", lambda: None)
     assert outlook.propose(strategy("revisit"), "ann")["id"] == "case_3"
+
+
+@pytest.mark.parametrize("said", ["in the label", "in the settings"])
+def test_revisit_does_not_hold_against_a_label_what_nobody_looked_for(said, studies, store, serving, tmp_path):
+    """Only one structure was looked for, and the model agrees on it; what else it finds says nothing of the label."""
+    serving.train()
+    mask, _ = examine(serving.current().model, read_volume(studies / "case_3.nii.gz"))
+    one, other = np.unique(mask)[-1], np.unique(mask)[-2]
+    assert other > 0
+    file = tmp_path / "part.nii.gz"
+    affine = nib.load(studies / "case_3.nii.gz").affine
+    nib.save(nib.Nifti1Image(np.where(mask == one, one, 0).astype(np.uint8), affine), file)
+    info = {"label_info": [{"name": LABELS[one - 1], "idx": int(one)}]}
+    in_label = said == "in the label"
+    store.save_label("case_3", str(file), "final", info | ({"labelled_classes": "named"} if in_label else {}))
+    outlook = outlook_of(studies, store, serving, **({} if in_label else {"absent_classes": "ignore"}))
+    outlook.look("case_3", lambda: None)
+    assert outlook._candidate("case_3").label_dice == 1
 
 
 def test_what_comes_next_is_encoded_first(outlook, store, tmp_path):

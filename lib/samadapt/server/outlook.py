@@ -15,7 +15,7 @@ from samadapt.activelearning.observe import EARLIER
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
-from samadapt.data.cases import FINAL, Case, find_cases
+from samadapt.data.cases import FINAL, Case, assume, find_cases
 from samadapt.errors import SamAdaptError, UnavailableError
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
@@ -47,6 +47,7 @@ class Outlook:
 
     def __init__(self, config: AppConfig, project: Project, models: Models, datastore: Callable[[], Any]) -> None:
         self._seed = config.seed or 0
+        self._coverage = config.coverage
         self._models = models
         self._datastore = datastore
         self._studies = project.root.parent
@@ -86,7 +87,7 @@ class Outlook:
         if not missing:
             return
         cache = self._models.cache
-        volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
+        volume, label, report = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
             image,
             path,
@@ -99,6 +100,7 @@ class Outlook:
             cache=cache.reader() if cache.full() else cache,
             label=label,
             label_file=label_file,
+            unknown=report.unknown if report else (),
             progress=lambda done, total: wait(),
         )
 
@@ -218,7 +220,8 @@ class Outlook:
         if self._datastore().local_label(image) is None:
             return None
         if (times := self._times()) != self._cases_of:
-            self._cases, self._cases_of = {case.id: case for case in find_cases(self._studies)}, times
+            found = assume(find_cases(self._studies), self._coverage)
+            self._cases, self._cases_of = {case.id: case for case in found}, times
         case = self._cases.get(image)
         return case if case and case.label else None
 
