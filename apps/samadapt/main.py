@@ -184,10 +184,11 @@ class SamAdaptApp(MONAILabelApp):
         image_id = self.datastore().known_id(image_id)
         super().on_save_label(image_id, label_id)
         self.forget_lists()
-        self.outlook.leases.end(image_id)
+        saved = self.datastore().last_saved
+        if saved.version is not None:  # under another tag the case stays unlabelled, and with whoever has it
+            self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
         self.label_source.learn_from(self.datastore())
-        saved = self.datastore().last_saved
         labels = self.label_source.current()
         warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         warnings += saved.remarks
