@@ -14,6 +14,7 @@ import pytest
 
 from samadapt import recipes
 from samadapt.activelearning.registry import NAMES, strategy
+from samadapt.activelearning.strategy import Candidate
 from samadapt.config import AppConfig
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import read_volume
@@ -134,7 +135,7 @@ def test_any_number_of_unreadable_images_is_skipped(studies, store, outlook):
 
 
 def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
-    """Whoever has been given a case counts; a ranking of all thousands would take seconds."""
+    """A ranking of all thousands would take seconds."""
     for number in range(30):
         os.link(studies / "case_0.nii.gz", studies / f"more_{number:02}.nii.gz")
     asked, first = [], strategy("first")
@@ -142,7 +143,70 @@ def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
     monkeypatch.setattr(type(first), "rank", lambda self, pool, count: asked.append(count) or rank(self, pool, count))
     given = [outlook.propose(first, client)["id"] for client in ("ann", "bob", "eve")]
     assert given == ["case_0", "case_1", "case_2"]
-    assert asked == [AHEAD, AHEAD + 1, AHEAD + 2]
+    assert asked == [AHEAD, AHEAD, AHEAD]
+
+
+@pytest.mark.parametrize("name", ["typiclust", "kcenter", "probcover", "auto"])
+def test_those_who_ask_at_once_get_cases_of_different_kinds(name, studies, outlook, monkeypatch):
+    """Twelve kinds of eight cases each, and nobody has labelled yet: six people work on six kinds."""
+    kinds = [f"{kind:02}" for kind in range(12)]
+    for number in range(8):
+        for kind in kinds:
+            os.link(studies / "case_0.nii.gz", studies / f"{kind}-{number}.nii.gz")
+    for number in range(4):
+        (studies / f"case_{number}.nii.gz").unlink()
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        centres = {kind: random.normal(size=8) for kind in kinds}
+        points = {
+            f"{kind}-{number}": centre + 0.12 * random.normal(size=8)
+            for kind, centre in centres.items()
+            for number in range(8)
+        }
+        monkeypatch.setattr(
+            outlook, "_candidate", lambda image, points=points: Candidate(image, descriptor=points[image])
+        )
+        given = [outlook.propose(strategy(name), f"{seed} {client}")["id"] for client in range(6)]
+        assert len({case.split("-")[0] for case in given}) == 6
+        for case in given:
+            outlook.leases.end(case)
+
+
+def test_what_somebody_has_is_no_label(outlook, store, tmp_path):
+    """Neither for revisit nor for the reasons."""
+    label(store, tmp_path, "case_0")
+    for client in ("ann", "bob"):
+        assert "only 1 of 4 labels" in outlook.propose(strategy("auto"), client)["reason"]
+    assert outlook.propose(strategy("revisit"), "eve")["id"] == "case_0"
+
+
+def test_the_classes_take_turns_among_those_who_ask_at_once(outlook, store, serving):
+    serving.train()
+    for image in store.list_images():
+        outlook.look(image, lambda: None)
+    reasons = [outlook.propose(strategy("claspe"), client)["reason"] for client in ("ann", "bob")]
+    assert "unsure of bright" in reasons[0]
+    assert "unsure of dark" in reasons[1]
+
+
+@pytest.mark.parametrize("weights", [(b"one", b"other"), (None, b"one")])
+def test_descriptors_of_other_weights_are_not_mixed_in(weights, studies, store, serving, tmp_path):
+    files = [tmp_path / f"weights_{n}.pth" if data else None for n, data in enumerate(weights)]
+    for file, data in zip(files, weights, strict=True):
+        if file:
+            file.write_bytes(data)
+    first, second = (outlook_of(studies, store, serving, **({"weights": str(file)} if file else {})) for file in files)
+    first.look("case_1", lambda: None)
+    assert first._candidate("case_1").descriptor is not None
+    assert second._candidate("case_1").descriptor is None
+
+
+def test_descriptors_stay_when_a_weights_file_moves(studies, store, serving, tmp_path):
+    for name in ("here.pth", "there.pth"):
+        (tmp_path / name).write_bytes(b"the same")
+    outlook_of(studies, store, serving, weights=str(tmp_path / "here.pth")).look("case_1", lambda: None)
+    moved = outlook_of(studies, store, serving, weights=str(tmp_path / "there.pth"))
+    assert moved._candidate("case_1").descriptor is not None
 
 
 def test_a_label_that_comes_later_is_seen(outlook, store, serving, tmp_path):

@@ -17,6 +17,7 @@ from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
 from samadapt.data.cases import FINAL, Case, assume, find_cases
 from samadapt.errors import SamAdaptError, UnavailableError
+from samadapt.files import sha256_of
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
 from samadapt.server.models import PLAIN, Models
@@ -29,7 +30,7 @@ ALWAYS = frozenset({"descriptor", "slice_descriptors", "examination", "label_dic
 somebody has chosen."""
 
 AHEAD = 4
-"""So many cases are ranked beyond those that somebody has. To rank all would take seconds among thousands, and
+"""So many cases are ranked that nobody has. To rank all would take seconds among thousands, and
 strategies that look for variety would have to tell all apart instead of finding the typical ones."""
 
 ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
@@ -52,9 +53,7 @@ class Outlook:
         self._datastore = datastore
         self._studies = project.root.parent
         self.leases = Leases(project.root / "leases.json", 60.0 * config.lease_minutes)
-        # Descriptors of different encoders do not fit together.
-        encoder = f"{config.backbone}-{config.image_size or 'auto'}"
-        self._survey = Survey(project.root / "survey" / encoder)
+        self._survey = Survey(project.root / "survey" / _encoder(config))
         self._lock = threading.Lock()
         self._needs = ALWAYS | registry.strategy(config.strategy).needs
         self._unreadable: dict[str, str] = {}
@@ -171,19 +170,23 @@ class Outlook:
     def _rank(self, strategy: Strategy, client: str | None) -> list[Proposal]:
         """Some of the best cases that ``client`` may be given; none where there is none."""
         store = self._datastore()
-        unlabelled = [case for case in store.get_unlabeled_images() if case not in self._unreadable]
-        labelled = store.get_labeled_images()
-        names = self._models.current().model.info.labels.names if self._models.trained() else ()
-        every = Pool(
-            [self._candidate(case) for case in sorted(unlabelled)],
-            [self._candidate(case) for case in sorted(labelled)],
-            names,
+        unlabelled = sorted(case for case in store.get_unlabeled_images() if case not in self._unreadable)
+        labelled, held = sorted(store.get_labeled_images()), self.leases.held()
+        free = [case for case in unlabelled if case not in held]
+        # Where nothing is left but what somebody has, that goes round.
+        waiting, leased = (free, [case for case in unlabelled if case in held]) if free else (unlabelled, [])
+        pool = Pool(
+            [self._candidate(case) for case in waiting],
+            [self._candidate(case) for case in labelled],
+            self._models.current().model.info.labels.names if self._models.trained() else (),
             self._seed + len(labelled),
+            [self._candidate(case) for case in leased],
         )
-        ranking = [one for one in strategy.rank(every, self.leases.count() + AHEAD) if one.id not in self._unreadable]
-        self._order = [proposal.id for proposal in ranking]
+        beside = sum(case in held for case in (labelled if strategy.of_labelled else waiting))
+        ranking = [one for one in strategy.rank(pool, beside + AHEAD) if one.id not in self._unreadable]
         proposals = {proposal.id: proposal for proposal in ranking}
-        return [proposals[case] for case in self.leases.free(self._order, client)]
+        self._order = [*leased, *proposals]
+        return [proposals[case] for case in self.leases.free(list(proposals), client)]
 
     def _answer(self, strategy: Strategy, proposal: Proposal) -> dict[str, Any]:
         answer = {
@@ -229,3 +232,9 @@ class Outlook:
         """When images, labels and what is known of them last changed."""
         folders = (self._studies, self._studies / "labels", self._studies / "labels" / FINAL)
         return tuple(path.stat().st_mtime_ns for path in folders if path.exists())
+
+
+def _encoder(config: AppConfig) -> str:
+    """Names the frozen encoder: descriptors of different ones, or of the same with other weights, do not fit."""
+    name = f"{config.backbone}-{config.image_size or 'auto'}"
+    return f"{name}-{sha256_of(config.weights)[:16]}" if config.weights else name
