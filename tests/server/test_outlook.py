@@ -6,7 +6,6 @@ import gzip
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,12 +15,10 @@ from samadapt import recipes
 from samadapt.activelearning.registry import NAMES, strategy
 from samadapt.activelearning.strategy import Candidate
 from samadapt.config import AppConfig
-from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import read_volume
 from samadapt.inference.examine import examine
 from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
-from samadapt.server.models import PLAIN
 from samadapt.server.outlook import AHEAD, ALL_LABELLED, Outlook
 from samadapt.server.strategies import all_strategies
 from tiny import BACKBONES, write_studies
@@ -29,39 +26,6 @@ from tiny import BACKBONES, write_studies
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = ("bright", "dark")
 INFO = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, start=1)]}
-
-
-class Serving:
-    """``Models`` with a tiny backbone; ``train`` publishes a model that has learned nothing much."""
-
-    def __init__(self, folder):
-        self.cache = SliceCache(folder / "cache", gib=1)
-        self._plain = SimpleNamespace(
-            model=recipes.build(recipes.PLAIN, LABELS, BACKBONES["per_head"]()), version=PLAIN
-        )
-        self._current = self._plain
-        self.volume = read_volume
-        self.before = []
-
-    def train(self, name="v0001"):
-        model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()
-        model.describe(trained=True)
-        self._current = SimpleNamespace(model=model, version=name)
-
-    def trained(self):
-        return self._current is not self._plain
-
-    def version(self):
-        return self._current.version
-
-    def current(self):
-        return self._current
-
-    def plain(self):
-        return self._plain
-
-    def earlier(self, count):
-        return self.before[-count:]
 
 
 @pytest.fixture
@@ -75,11 +39,6 @@ def studies(tmp_path):
 @pytest.fixture
 def store(studies):
     return SafeDatastore(str(studies))
-
-
-@pytest.fixture
-def serving(tmp_path):
-    return Serving(tmp_path)
 
 
 def outlook_of(studies, store, serving, **conf):

@@ -21,6 +21,10 @@ QUIET_SECONDS = 2.0
 """So long after the last request annotators count as gone for the moment."""
 
 LOOK_SECONDS = 1.0
+
+COME_AGAIN_SECONDS = 300.0
+"""So long what could not be had (a PACS is away) is left alone."""
+
 REMEMBERED = 8
 """Images that were on somebody's screen lately."""
 
@@ -33,7 +37,7 @@ class AheadOfNeed:
     Args:
         models: who answers, and the cache.
         images: ids of the images to come, the most needed first.
-        path_of: image id -> file.
+        path_of: image id -> file; may take its time.
         training: whether a training runs; it needs the whole machine.
         wanted: for what images are looked at; once that changes, all are looked at anew.
         look: called with each image, once it is encoded, and with what waits until the machine is free.
@@ -63,6 +67,7 @@ class AheadOfNeed:
         self._asked: list[str] = []
         self._done: set[tuple[str, Hashable]] = set()
         self._changed: set[str] = set()
+        self._not_before: dict[str, float] = {}
         self._room_made_for: str | None = None
         self._record = _IDLE
 
@@ -107,8 +112,7 @@ class AheadOfNeed:
 
     def _run(self) -> None:
         while True:
-            wanted = self._wanted()  # before the look: what changes meanwhile asks for another
-            image = self._next(wanted)
+            wanted, image = self._todo()
             if image is None:
                 time.sleep(LOOK_SECONDS)
                 continue
@@ -116,6 +120,10 @@ class AheadOfNeed:
                 self._changed.discard(image)
             try:
                 self._work_on(image)
+            except UnavailableError as error:
+                logger.warning("%s is not encoded ahead now, but later: %s", image, error)
+                self._not_before[image] = time.monotonic() + COME_AGAIN_SECONDS
+                continue
             except (SamAdaptError, OSError) as error:
                 logger.warning("%s is not encoded ahead: %s", image, error)
             except Exception:
@@ -126,12 +134,23 @@ class AheadOfNeed:
                 if image not in self._changed:
                     self._done.add((image, wanted))
 
+    def _todo(self) -> tuple[Hashable, str | None]:
+        """What is wanted now (what changes later asks for another look), and of which image next."""
+        try:
+            wanted = self._wanted()
+            return wanted, self._next(wanted)
+        except Exception:  # whatever it is, it must not end the thread
+            logger.exception("which images come next is not known now")
+            time.sleep(COME_AGAIN_SECONDS)
+            return None, None
+
     def _next(self, wanted: Hashable) -> str | None:
         if not self._quiet():
             return None
-        images = self._images()
+        images, now = self._images(), time.monotonic()
         with self._lock:
-            return next((image for image in [*self._asked, *images] if (image, wanted) not in self._done), None)
+            waiting = (image for image in [*self._asked, *images] if (image, wanted) not in self._done)
+            return next((image for image in waiting if now >= self._not_before.get(image, now)), None)
 
     def _work_on(self, image: str) -> None:
         volume = self._read(image)

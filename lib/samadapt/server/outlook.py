@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ class Outlook:
     def unreadable(self, image: str, why: str) -> None:
         """Propose this image to nobody until the server starts anew."""
         self._unreadable[image] = why
+
+    def refused(self) -> Collection[str]:
+        """Ids of images that are proposed to nobody."""
+        return self._unreadable.keys()
 
     # ---- for annotators
 
