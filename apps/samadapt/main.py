@@ -28,6 +28,7 @@ try:
     from samadapt.server.ahead import AheadOfNeed
     from samadapt.server.auto_train import AutoTrain
     from samadapt.server.dicom_datastore import SafeDicomDatastore
+    from samadapt.server.in_advance import SeriesInAdvance
     from samadapt.server.infer import AS_SERIES, Clicks, OneDeviceBatchInfer, Segmentation
     from samadapt.server.labels import LabelSource, label_warnings
     from samadapt.server.launch import needs_dicomweb
@@ -81,11 +82,16 @@ class SamAdaptApp(MONAILabelApp):
         datastore.assumed = self.settings.coverage
         datastore.known_labels = self.label_source.current
         self.outlook = Outlook(self.settings, self.project, self.models, self.datastore)
+        images, path_of = self.outlook.upcoming, datastore.image_path
+        if remote:
+            in_advance = SeriesInAdvance(datastore, self.outlook.upcoming, self.outlook.refused)
+            images, path_of = in_advance.images, in_advance.image_path
         self.ahead = AheadOfNeed(
             self.models,
-            self.upcoming,
-            datastore.image_path,
+            images,
+            path_of,
             lambda: is_under_way(self.project),
+            self.outlook.wanted,
             self.outlook.look,
             self.outlook.unreadable,
         )
@@ -97,10 +103,6 @@ class SamAdaptApp(MONAILabelApp):
             self.train_now,
         )
         return datastore
-
-    def upcoming(self):
-        """Images that will be asked for, the next one first; of a PACS only what somebody has opened."""
-        return [] if isinstance(self.datastore(), SafeDicomDatastore) else self.outlook.upcoming()
 
     def train_now(self):
         trainer = self._trainers["samadapt"]
@@ -183,10 +185,11 @@ class SamAdaptApp(MONAILabelApp):
         image_id = self.datastore().known_id(image_id)
         super().on_save_label(image_id, label_id)
         self.forget_lists()
-        self.outlook.leases.end(image_id)
+        saved = self.datastore().last_saved
+        if saved.version is not None:  # under another tag the case stays unlabelled, and with whoever has it
+            self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
         self.label_source.learn_from(self.datastore())
-        saved = self.datastore().last_saved
         labels = self.label_source.current()
         warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         warnings += saved.remarks

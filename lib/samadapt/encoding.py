@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.view import ModelView
-from samadapt.model import AdaptedModel
+from samadapt.model import ADAPTED, AdaptedModel
 
 KEPT = torch.float16
 """Precision of what the cache holds. Half the bytes of float32; the error is a thousandth of a value."""
@@ -71,3 +71,9 @@ class SliceEncoder:
     def _keys(self, view: ModelView, indices: Sequence[int]) -> list[str]:
         encoder = self._model.encoder_key()  # of an unmerged model this reads every adapted weight
         return [f"{encoder} {view.key} {index}" for index in indices]
+
+
+def drop_superseded(cache: SliceCache, in_service: Iterable[AdaptedModel]) -> None:
+    """Drop what adapted encoders other than those of ``in_service`` made of slices; tokens of frozen blocks stay."""
+    kept = tuple(f"{model.encoder_key()} " for model in in_service)
+    cache.drop(lambda key: key.startswith(f"{ADAPTED} ") and not key.startswith(kept))

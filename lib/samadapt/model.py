@@ -24,6 +24,9 @@ from samadapt.recipes import Recipe
 
 FORMAT = "samadapt-model-1"
 
+ADAPTED = "embedding"
+"""What the cache calls the embeddings of an encoder that has learned."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -279,7 +282,7 @@ class AdaptedModel(nn.Module):
             if not name.startswith("head."):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().data)
-        return f"embedding {digest.hexdigest()[:32]}"
+        return f"{ADAPTED} {digest.hexdigest()[:32]}"
 
     def describe(self, **changes: Any) -> None:
         """Replace fields of ``info``."""

@@ -159,6 +159,17 @@ def test_a_changed_label_is_noticed(kept, image, model, plain, label, tmp_path):
     assert second.label_dice != first.label_dice
 
 
+def test_a_class_that_nobody_looked_for_is_no_disagreement(kept, image, model, plain, label, tmp_path):
+    label[label == 2] = 0
+    told = {"plain": plain, "model": model, "version": "v1", "label": label}
+    every = kept.look("case", image, {"label_dice"}, **told)
+    partly = kept.look("partly", image, {"label_dice"}, **told, unknown=("dark",))
+    mask, _ = examine(model, read_volume(image))
+    assert (mask == 2).any()
+    assert partly.label_dice == dice(mask, label, model.info.labels)["bright"] > every.label_dice
+    assert kept.look("none", image, {"label_dice"}, **told, unknown=LABELS).label_dice is None
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"format": "samadapt-survey-1"}'])
 def test_a_damaged_record_counts_as_absent(kept, image, model, plain, tmp_path, damage):
     first = kept.look("case", image, {"descriptor", "examination"}, plain=plain, model=model, version="v1")

@@ -92,6 +92,24 @@ def test_nothing_is_unpickled(cache, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_what_is_unwanted_is_dropped(cache):
+    for name in ("old 1", "old 2", "new 1"):
+        cache.put(name, tensor(0))
+    used = cache.bytes_used()
+    cache.drop(lambda key: key.startswith("old"))
+    assert [cache.get(name) is None for name in ("old 1", "old 2", "new 1")] == [True, True, False]
+    assert cache.bytes_used() < used
+
+
+def test_a_reader_gets_and_keeps_nothing(cache):
+    cache.put("a", tensor(0))
+    reader = cache.reader()
+    found = reader.gather(["a", "b"], lambda missing: [tensor(1) for _ in missing])
+    assert torch.equal(found[0], tensor(0))
+    assert torch.equal(found[1], tensor(1))
+    assert cache.get("b") is None
+
+
 def test_a_nearly_full_disk_is_left_alone(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("samadapt.data.slice_cache.LEAST_FREE", 2**60)
     cache.put("a", tensor(0))

@@ -1,5 +1,6 @@
 """One run of a simulation: what is chosen, learned from, measured, and how it goes on after a kill."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -286,3 +287,22 @@ def test_a_slice_of_the_stored_image_is_found_among_the_models(affine):
     turned = view.turn.forward(volume.array[0])
     for index in range(shape[axis]):
         assert (take_slice(turned, view.axis, turned_index(geometry, index)) == index).all()
+
+
+def test_a_class_that_nobody_looked_for_in_a_test_case_has_no_score(job, studies, tmp_path, monkeypatch):
+    """The model finds that class all over the image."""
+    monkeypatch.setattr(
+        simulate_run, "segment", lambda model, volume, cache: np.full(volume.geometry.shape, 2, np.uint8)
+    )
+    names = [{"name": name, "idx": n} for n, name in enumerate(job.labels, start=1)]
+    final = {"ext": ".nii.gz", "info": {"label_info": names, "labelled_classes": ["bright"]}}
+    objects = {"case_6": {"image": {"ext": ".nii.gz", "info": {}}, "labels": {"final": final}}}
+    (studies / "datastore_v2.json").write_text(json.dumps({"objects": objects}))
+    file = studies / "labels" / "final" / "case_6.nii.gz"
+    label = nibabel.load(file)
+    only = np.where(np.asarray(label.dataobj) == 1, 1, 0).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(only, label.affine), file)
+    one_round = replace(job, protocol=replace(job.protocol, rounds=1))
+    (played,) = execute(one_round, tmp_path / "run")["rounds"]
+    assert played["cases"]["case_6"]["dark"] is None
+    assert played["cases"]["case_7"]["dark"] is not None

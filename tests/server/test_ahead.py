@@ -68,6 +68,8 @@ class Told:
     def __init__(self):
         self.looked = []
         self.failed = {}
+        self.wanted = 0
+        self.look = self.looked.append
 
 
 @pytest.fixture
@@ -82,7 +84,8 @@ def working(serving, images, training, told):
         lambda: list(images),
         lambda name: str(images[name]),
         lambda: bool(training),
-        lambda image, wait: told.looked.append(image),
+        lambda: (serving.name, told.wanted),
+        lambda image, wait: told.look(image),
         told.failed.__setitem__,
     )
 
@@ -100,7 +103,14 @@ def test_every_image_is_encoded_and_looked_at_and_progress_says_so(working, serv
     assert all(encoded(serving, path) == 6 for path in images.values())
     assert told.looked == ["one", "two", "three"]
     assert told.failed == {}
-    assert working.progress() == {"images_done": 3, "images": 3, "image": None, "slices_done": 0, "slices": 0}
+    assert working.progress() == {
+        "images_done": 3,
+        "images": 3,
+        "image": None,
+        "slices_done": 0,
+        "slices": 0,
+        "cache_full": False,
+    }
 
 
 def test_what_is_on_somebody_s_screen_comes_first(working, serving, images):
@@ -160,8 +170,53 @@ def test_a_new_version_is_encoded_anew(working, serving, images):
     wait_until(lambda: working.progress()["images_done"] == 3)
 
 
-def test_a_full_cache_is_not_turned_over(working, serving, images, monkeypatch):
-    monkeypatch.setattr(serving.cache, "filled", lambda: 0.95)
+@pytest.mark.parametrize("change", ["publish", "label", "need"])
+def test_what_changes_during_a_look_is_looked_at_once_more(working, serving, told, change):
+    def look(image):
+        told.looked.append((image, serving.name))
+        if told.looked == [("one", "plain")]:
+            if change == "publish":
+                serving.name = "v0001"
+            elif change == "need":
+                told.wanted += 1
+            else:
+                working.again("one")
+
+    told.look = look
     working.start()
-    time.sleep(0.3)
+    wait_until(lambda: working.progress()["images_done"] == 3)
+    assert len(told.looked) == 4
+    assert told.looked.count(("one", serving.name)) >= 1
+    assert [image for image, _ in told.looked].count("one") == 2
+
+
+def test_a_new_need_has_all_images_looked_at_anew(working, told):
+    working.start()
+    wait_until(lambda: len(told.looked) == 3)
+    told.wanted += 1
+    wait_until(lambda: told.looked[3:] == ["one", "two", "three"])
+
+
+def test_a_full_cache_is_not_turned_over_but_images_are_looked_at(working, serving, images, monkeypatch, told):
+    monkeypatch.setattr(serving.cache, "filled", lambda: 0.95)
+    working.first("two")
+    working.start()
+    wait_until(lambda: working.progress()["images_done"] == 3)
+    assert [encoded(serving, path) for path in images.values()] == [0, 6, 0]  # the one on somebody's screen
+    assert sorted(told.looked) == ["one", "three", "two"]
+    assert working.progress()["cache_full"]
+
+
+def test_a_full_cache_forgets_the_versions_before(working, serving, images, monkeypatch):
+    working.start()
+    wait_until(lambda: working.progress()["images_done"] == 3)
+    before, old = serving.cache.bytes_used(), serving.model
+    monkeypatch.setattr(serving.cache, "filled", lambda: serving.cache.bytes_used() / before)
+    serving.model = recipes.build("lora_late", ("a",), BACKBONES["per_head"]())
+    for parameter in serving.model.trainable().values():
+        parameter.data += 0.1
+    serving.name = "v0002"
+    wait_until(lambda: working.progress()["images_done"] == 3)
+    assert encoded(serving, images["one"]) == 6
+    serving.model = old
     assert not any(encoded(serving, path) for path in images.values())

@@ -43,7 +43,7 @@ class Hospital:
         self.folder = folder
         cache = {"MONAI_LABEL_DATASTORE_CACHE_PATH": str(folder / "cache")}
         cache["MONAI_LABEL_DICOMWEB_CACHE_PATH"] = str(folder / "cache")
-        self.server = Server(self.pacs.url, log=folder / "server.log", **cache)
+        self.server = Server(self.pacs.url, ("embed_ahead", "false"), log=folder / "server.log", **cache)
         self.url = self.server.start().url
 
     def stop(self):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from samadapt import recipes
 from samadapt.activelearning.registry import NAMES, strategy
+from samadapt.activelearning.strategy import Candidate
 from samadapt.config import AppConfig
-from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import read_volume
+from samadapt.inference.examine import examine
 from samadapt.project import Project
 from samadapt.server.datastore import SafeDatastore
-from samadapt.server.models import PLAIN
 from samadapt.server.outlook import AHEAD, ALL_LABELLED, Outlook
 from samadapt.server.strategies import all_strategies
 from tiny import BACKBONES, write_studies
@@ -25,39 +26,6 @@ from tiny import BACKBONES, write_studies
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = ("bright", "dark")
 INFO = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, start=1)]}
-
-
-class Serving:
-    """``Models`` with a tiny backbone; ``train`` publishes a model that has learned nothing much."""
-
-    def __init__(self, folder):
-        self.cache = SliceCache(folder / "cache", gib=1)
-        self._plain = SimpleNamespace(
-            model=recipes.build(recipes.PLAIN, LABELS, BACKBONES["per_head"]()), version=PLAIN
-        )
-        self._current = self._plain
-        self.volume = read_volume
-        self.before = []
-
-    def train(self, name="v0001"):
-        model = recipes.build("autosam_linear", LABELS, BACKBONES["per_head"]()).eval()
-        model.describe(trained=True)
-        self._current = SimpleNamespace(model=model, version=name)
-
-    def trained(self):
-        return self._current is not self._plain
-
-    def version(self):
-        return self._current.version
-
-    def current(self):
-        return self._current
-
-    def plain(self):
-        return self._plain
-
-    def earlier(self, count):
-        return self.before[-count:]
 
 
 @pytest.fixture
@@ -71,11 +39,6 @@ def studies(tmp_path):
 @pytest.fixture
 def store(studies):
     return SafeDatastore(str(studies))
-
-
-@pytest.fixture
-def serving(tmp_path):
-    return Serving(tmp_path)
 
 
 def outlook_of(studies, store, serving, **conf):
@@ -131,7 +94,7 @@ def test_any_number_of_unreadable_images_is_skipped(studies, store, outlook):
 
 
 def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
-    """Whoever has been given a case counts; a ranking of all thousands would take seconds."""
+    """A ranking of all thousands would take seconds."""
     for number in range(30):
         os.link(studies / "case_0.nii.gz", studies / f"more_{number:02}.nii.gz")
     asked, first = [], strategy("first")
@@ -139,7 +102,70 @@ def test_only_the_next_few_of_many_are_ranked(studies, outlook, monkeypatch):
     monkeypatch.setattr(type(first), "rank", lambda self, pool, count: asked.append(count) or rank(self, pool, count))
     given = [outlook.propose(first, client)["id"] for client in ("ann", "bob", "eve")]
     assert given == ["case_0", "case_1", "case_2"]
-    assert asked == [AHEAD, AHEAD + 1, AHEAD + 2]
+    assert asked == [AHEAD, AHEAD, AHEAD]
+
+
+@pytest.mark.parametrize("name", ["typiclust", "kcenter", "probcover", "auto"])
+def test_those_who_ask_at_once_get_cases_of_different_kinds(name, studies, outlook, monkeypatch):
+    """Twelve kinds of eight cases each, and nobody has labelled yet: six people work on six kinds."""
+    kinds = [f"{kind:02}" for kind in range(12)]
+    for number in range(8):
+        for kind in kinds:
+            os.link(studies / "case_0.nii.gz", studies / f"{kind}-{number}.nii.gz")
+    for number in range(4):
+        (studies / f"case_{number}.nii.gz").unlink()
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        centres = {kind: random.normal(size=8) for kind in kinds}
+        points = {
+            f"{kind}-{number}": centre + 0.12 * random.normal(size=8)
+            for kind, centre in centres.items()
+            for number in range(8)
+        }
+        monkeypatch.setattr(
+            outlook, "_candidate", lambda image, points=points: Candidate(image, descriptor=points[image])
+        )
+        given = [outlook.propose(strategy(name), f"{seed} {client}")["id"] for client in range(6)]
+        assert len({case.split("-")[0] for case in given}) == 6
+        for case in given:
+            outlook.leases.end(case)
+
+
+def test_what_somebody_has_is_no_label(outlook, store, tmp_path):
+    """Neither for revisit nor for the reasons."""
+    label(store, tmp_path, "case_0")
+    for client in ("ann", "bob"):
+        assert "only 1 of 4 labels" in outlook.propose(strategy("auto"), client)["reason"]
+    assert outlook.propose(strategy("revisit"), "eve")["id"] == "case_0"
+
+
+def test_the_classes_take_turns_among_those_who_ask_at_once(outlook, store, serving):
+    serving.train()
+    for image in store.list_images():
+        outlook.look(image, lambda: None)
+    reasons = [outlook.propose(strategy("claspe"), client)["reason"] for client in ("ann", "bob")]
+    assert "unsure of bright" in reasons[0]
+    assert "unsure of dark" in reasons[1]
+
+
+@pytest.mark.parametrize("weights", [(b"one", b"other"), (None, b"one")])
+def test_descriptors_of_other_weights_are_not_mixed_in(weights, studies, store, serving, tmp_path):
+    files = [tmp_path / f"weights_{n}.pth" if data else None for n, data in enumerate(weights)]
+    for file, data in zip(files, weights, strict=True):
+        if file:
+            file.write_bytes(data)
+    first, second = (outlook_of(studies, store, serving, **({"weights": str(file)} if file else {})) for file in files)
+    first.look("case_1", lambda: None)
+    assert first._candidate("case_1").descriptor is not None
+    assert second._candidate("case_1").descriptor is None
+
+
+def test_descriptors_stay_when_a_weights_file_moves(studies, store, serving, tmp_path):
+    for name in ("here.pth", "there.pth"):
+        (tmp_path / name).write_bytes(b"the same")
+    outlook_of(studies, store, serving, weights=str(tmp_path / "here.pth")).look("case_1", lambda: None)
+    moved = outlook_of(studies, store, serving, weights=str(tmp_path / "there.pth"))
+    assert moved._candidate("case_1").descriptor is not None
 
 
 def test_a_label_that_comes_later_is_seen(outlook, store, serving, tmp_path):
@@ -222,11 +248,56 @@ def test_bald_asks_earlier_versions_and_only_once_somebody_wants_it(outlook, ser
     assert not np.allclose(with_earlier, outlook._candidate("case_1").spread)
 
 
+def test_the_configured_strategy_s_needs_are_gathered_before_anybody_asks(studies, store, serving):
+    serving.train()
+    outlook = outlook_of(studies, store, serving, strategy="bald")
+    outlook.look("case_1", lambda: None)
+    assert outlook._candidate("case_1").spread is not None
+
+
+def test_a_strategy_that_nobody_has_asked_for_yet_changes_what_is_wanted(outlook, store, serving):
+    serving.train()
+    before = outlook.wanted()
+    outlook.propose(strategy("entropy"), "ann")
+    assert outlook.wanted() == before
+    outlook.propose(strategy("disagreement"), "ann")
+    assert outlook.wanted() != before
+    outlook.look("case_1", lambda: None)
+    assert outlook._survey.missing("case_1", Path(store.image_path("case_1")), "v0001", {"disagreement"}) == frozenset()
+
+
+def test_a_full_cache_keeps_nobody_from_looking_and_gets_nothing(outlook, serving, monkeypatch):
+    monkeypatch.setattr(serving.cache, "filled", lambda: 0.95)
+    serving.train()
+    outlook.look("case_1", lambda: None)
+    assert outlook.quality("case_1") is not None
+    assert outlook._candidate("case_1").descriptor is not None
+    assert serving.cache.bytes_used() == 0
+
+
 def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):
     label(store, tmp_path, "case_3")
     serving.train()
     outlook.look("case_3", lambda: None)
     assert outlook.propose(strategy("revisit"), "ann")["id"] == "case_3"
+
+
+@pytest.mark.parametrize("said", ["in the label", "in the settings"])
+def test_revisit_does_not_hold_against_a_label_what_nobody_looked_for(said, studies, store, serving, tmp_path):
+    """Only one structure was looked for, and the model agrees on it; what else it finds says nothing of the label."""
+    serving.train()
+    mask, _ = examine(serving.current().model, read_volume(studies / "case_3.nii.gz"))
+    one, other = np.unique(mask)[-1], np.unique(mask)[-2]
+    assert other > 0
+    file = tmp_path / "part.nii.gz"
+    affine = nib.load(studies / "case_3.nii.gz").affine
+    nib.save(nib.Nifti1Image(np.where(mask == one, one, 0).astype(np.uint8), affine), file)
+    info = {"label_info": [{"name": LABELS[one - 1], "idx": int(one)}]}
+    in_label = said == "in the label"
+    store.save_label("case_3", str(file), "final", info | ({"labelled_classes": "named"} if in_label else {}))
+    outlook = outlook_of(studies, store, serving, **({} if in_label else {"absent_classes": "ignore"}))
+    outlook.look("case_3", lambda: None)
+    assert outlook._candidate("case_3").label_dice == 1
 
 
 def test_what_comes_next_is_encoded_first(outlook, store, tmp_path):

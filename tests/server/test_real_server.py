@@ -236,6 +236,18 @@ def test_a_value_without_a_name_is_stored_and_reported(client, server, images, t
     assert reply["warnings"] == ["value 2 has no name in label_info and is not learned"]
 
 
+@pytest.mark.parametrize("tag", ["draft", "final"])
+def test_only_a_final_label_takes_a_case_from_whoever_has_it(client, server, images, tmp_path, tag):
+    """Leases of others end with the case's label; one under another tag leaves it unlabelled, and theirs."""
+    mine = client.next_sample("last", {"client_id": f"{tag} ann"})["id"]
+    label = label_file(tmp_path / "label.nii.gz", server.studies / f"{mine}.nii.gz", BLOCKS)
+    client.save_label(mine, str(label), tag=tag, params={"label_info": PERMUTED})
+    leases = json.loads((server.studies / ".samadapt" / "leases.json").read_text())
+    assert (mine in leases) == (tag == "draft")
+    if tag == "draft":
+        assert client.next_sample("last", {"client_id": "bob"})["id"] != mine
+
+
 @pytest.mark.parametrize(
     ("what", "make"),
     [

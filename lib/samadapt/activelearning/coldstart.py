@@ -35,7 +35,7 @@ class Space:
     Attributes:
         cases: (n) the unlabelled ones that have a descriptor, by id.
         points: (n,D) theirs.
-        covered: (m,D) those of labelled cases.
+        covered: (m,D) those of labelled and leased cases.
     """
 
     cases: list[Candidate]
@@ -46,7 +46,7 @@ class Space:
     def of(cls, pool: Pool) -> Space:
         """All cases of a pool whose descriptors are known and finite."""
         cases, labelled = (
-            [case for case in by_id(group) if _described(case)] for group in (pool.unlabelled, pool.labelled)
+            [case for case in by_id(group) if _described(case)] for group in (pool.unlabelled, pool.chosen)
         )
         return cls(cases, _matrix(cases), _matrix(labelled))
 

@@ -28,8 +28,8 @@ class Claspe(Strategy):
     that early choices vary and later ones follow the doubt. The paper's schedule runs over a budget known beforehand;
     this one over the first ``LAST_AFTER`` labelled cases, as nobody knows how many an annotator will do.
 
-    Labelled cases also decide whose turn it is, and draw new noise, so that proposals asked for one by one behave as
-    those of one ranking.
+    Labelled and leased cases also decide whose turn it is, and labelled ones draw new noise, so that proposals asked
+    for one by one behave as those of one ranking.
     """
 
     name = "claspe"
@@ -39,11 +39,11 @@ class Claspe(Strategy):
     def rank(self, pool: Pool, count: int = 1) -> list[Proposal]:
         waiting = [case for case in by_id(pool.unlabelled) if case.examination is not None]
         turns = _turns(waiting)
-        done = len(pool.labelled)
-        draws = {(turn, case.id): _drawn(case, turn, done, pool.seed) for turn in turns for case in waiting}
+        labelled, chosen = len(pool.labelled), len(pool.chosen)
+        draws = {(turn, case.id): _drawn(case, turn, labelled, pool.seed) for turn in turns for case in waiting}
         ranked: list[Proposal] = []
         while waiting and len(ranked) < count:
-            first = (done + len(ranked)) % len(turns)
+            first = (chosen + len(ranked)) % len(turns)
             in_turn = [*turns[first:], *turns[:first]]
             turn = next((one for one in in_turn if any(draws[one, case.id] > -math.inf for case in waiting)), None)
             best = max(waiting, key=lambda case: draws[turn, case.id])
@@ -68,7 +68,7 @@ class Clue(Strategy):
 
     def rank(self, pool: Pool, count: int = 1) -> list[Proposal]:
         examined = [case for case in pool.unlabelled if case.examination is not None]
-        space = Space.of(Pool(examined, pool.labelled))
+        space = Space.of(Pool(examined, pool.chosen))
         wanted = min(count, len(space.cases))
         ranked: list[Proposal] = []
         for point in _clue(space, wanted, pool.seed) if wanted > 0 else []:

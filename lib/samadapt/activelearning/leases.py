@@ -73,9 +73,9 @@ class Leases:
         if self._held.pop(case, None):
             self._write()
 
-    def count(self) -> int:
-        """How many cases somebody has."""
-        return len(self._current())
+    def held(self) -> set[str]:
+        """The cases that somebody has."""
+        return set(self._current())
 
     def first_end(self) -> float | None:
         """When the next lease ends by itself, in seconds since the epoch; None without leases."""

@@ -46,16 +46,24 @@ class Pool:
     """All cases that a strategy may think about.
 
     Attributes:
-        unlabelled: may be proposed (those that somebody else is at, or that cannot be read, are not among them).
+        unlabelled: may be proposed (those that somebody is at, or that cannot be read, are not among them).
         labelled: have a final label.
         classes: names of the model's classes.
         seed: of whatever is random; the same pool and seed give the same ranking.
+        leased: have none yet, but somebody is at them: where a choice depends on what was chosen before, they count as
+            labelled.
     """
 
     unlabelled: Sequence[Candidate]
     labelled: Sequence[Candidate]
     classes: Sequence[str] = ()
     seed: int = 0
+    leased: Sequence[Candidate] = ()
+
+    @property
+    def chosen(self) -> list[Candidate]:
+        """What was proposed and taken: the labelled and the leased ones."""
+        return [*self.labelled, *self.leased]
 
 
 @dataclass(frozen=True)

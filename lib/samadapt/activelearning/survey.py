@@ -106,6 +106,7 @@ class Survey:
         cache: SliceCache | None = None,
         label: np.ndarray | None = None,
         label_file: Path | None = None,
+        unknown: Collection[str] = (),
         proposed: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> Candidate:
@@ -121,8 +122,10 @@ class Survey:
             version: its name.
             earlier: versions before it, the latest last; they are asked for ``variants`` and ``spread``.
             cache: where embeddings are looked up and kept.
-            label: (I,J,K) indices of the model's labels, the label of the case; None where it has none.
+            label: (I,J,K) indices of the model's labels, the label of the case, ``IGNORE`` where nobody has labelled;
+                None where it has none.
             label_file: where it was read from; without it, nobody notices when the label changes.
+            unknown: names of classes that nobody has looked for in the case.
             proposed: see ``Candidate``.
             progress: called with (slices done, slices in all) while the model looks at the whole volume.
 
@@ -139,7 +142,7 @@ class Survey:
                 self._keep_slices(case_id, stamp, describe(plain, volume, cache))
             if model is not None and version is not None and todo & OPINIONS:
                 known = self.candidate(case_id, image, version, label_file=label_file)
-                look_at_it = _Look(model, volume, earlier, cache, label, progress)
+                look_at_it = _Look(model, volume, earlier, cache, label, unknown, progress)
                 for finding in look_at_it.findings(todo & OPINIONS, known.examination):
                     self._keep_opinions(case_id, stamp, version, finding, _label_stamp(label_file))
         return self.candidate(case_id, image, version, proposed, label_file)
@@ -222,6 +225,7 @@ class _Look:
     earlier: Sequence[AdaptedModel]
     cache: SliceCache | None
     label: np.ndarray | None
+    unknown: Collection[str]
     progress: Callable[[int, int], None] | None
 
     def findings(self, todo: Collection[str], examination: Examination | None) -> Iterator[Record]:
@@ -242,7 +246,7 @@ class _Look:
     def _agreement(self, mask: np.ndarray) -> Record:
         if self.label is None:
             return {}
-        value = mean(dice(mask, self.label, self.model.info.labels).values())
+        value = mean(dice(mask, self.label, self.model.info.labels, self.unknown).values())
         return {"label_dice": None if math.isnan(value) else value}
 
 

@@ -89,6 +89,23 @@ class SliceCache:
                 found[key] = tensor
         return [found[key] for key in keys]
 
+    def drop(self, unwanted: Callable[[str], bool]) -> None:
+        """Make room: drop the entries whose key is unwanted."""
+        if not self._folder.is_dir():
+            return
+        try:
+            store = self._store()
+            for key in [key for key in store.iterkeys() if unwanted(key)]:
+                store.delete(key)
+        except ValueError as error:
+            logger.warning("%s: %s", self._folder, error)
+        except _UNUSABLE as error:
+            self._give_up(error)
+
+    def reader(self) -> SliceCache:
+        """The same entries for whoever must not push out any: what they put is not kept."""
+        return _Reader(self)
+
     def require(self) -> None:
         """Make sure that entries are kept and found again, for those who compute only to keep.
 
@@ -142,6 +159,20 @@ class SliceCache:
             with self._lock:
                 self._opened = None
                 shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Reader(SliceCache):
+    """Gets what another one holds, and keeps nothing."""
+
+    def __init__(self, cache: SliceCache) -> None:
+        super().__init__(cache._folder, cache._budget / 2**30)
+        self._cache = cache
+
+    def get(self, key: str) -> Tensor | None:
+        return self._cache.get(key)
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Nothing."""
 
 
 class _BytesAlone(diskcache.Disk):

@@ -406,8 +406,9 @@ class _Run:
     def _score(self) -> dict[str, Any]:
         found = {}
         for case in self._testing:
-            volume, truth, _ = read_case(case, self._labels)
-            found[case.id] = dice(segment(self._models[-1], volume, cache=self._cache), truth, self._labels)
+            volume, truth, report = read_case(case, self._labels)
+            mask = segment(self._models[-1], volume, cache=self._cache)
+            found[case.id] = dice(mask, truth, self._labels, report.unknown)
         return {
             "dice": mean(value for one in found.values() for value in one.values()),
             "by_class": {name: mean(one[name] for one in found.values()) for name in self._labels.names},

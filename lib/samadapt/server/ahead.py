@@ -6,10 +6,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from samadapt.data.volume import Volume, read_volume
+from samadapt.encoding import drop_superseded
 from samadapt.errors import SamAdaptError, UnavailableError
 from samadapt.inference.ahead import embed_volume
 from samadapt.server.models import Models
@@ -20,6 +21,10 @@ QUIET_SECONDS = 2.0
 """So long after the last request annotators count as gone for the moment."""
 
 LOOK_SECONDS = 1.0
+
+COME_AGAIN_SECONDS = 300.0
+"""So long what could not be had (a PACS is away) is left alone."""
+
 REMEMBERED = 8
 """Images that were on somebody's screen lately."""
 
@@ -32,8 +37,9 @@ class AheadOfNeed:
     Args:
         models: who answers, and the cache.
         images: ids of the images to come, the most needed first.
-        path_of: image id -> file.
+        path_of: image id -> file; may take its time.
         training: whether a training runs; it needs the whole machine.
+        wanted: for what images are looked at; once that changes, all are looked at anew.
         look: called with each image, once it is encoded, and with what waits until the machine is free.
         failed: called with each image that cannot be read, and why.
     """
@@ -44,6 +50,7 @@ class AheadOfNeed:
         images: Callable[[], list[str]],
         path_of: Callable[[str], str],
         training: Callable[[], bool],
+        wanted: Callable[[], Hashable],
         look: Callable[[str, Callable[[], None]], None],
         failed: Callable[[str, str], None],
     ) -> None:
@@ -51,13 +58,17 @@ class AheadOfNeed:
         self._images = images
         self._path_of = path_of
         self._training = training
+        self._wanted = wanted
         self._look = look
         self._failed = failed
         self._lock = threading.Lock()
         self._waiting = 0
         self._last_request = time.monotonic()
         self._asked: list[str] = []
-        self._done: set[tuple[str, str]] = set()
+        self._done: set[tuple[str, Hashable]] = set()
+        self._changed: set[str] = set()
+        self._not_before: dict[str, float] = {}
+        self._room_made_for: str | None = None
         self._record = _IDLE
 
     def start(self) -> None:
@@ -83,39 +94,77 @@ class AheadOfNeed:
 
     def again(self, image: str) -> None:
         """Something about this image has changed."""
-        self._done = {(other, version) for other, version in self._done if other != image}
+        with self._lock:
+            self._changed.add(image)
+            self._done = {(other, wanted) for other, wanted in self._done if other != image}
 
     def progress(self) -> dict[str, Any]:
-        """For ``GET /info/``: images done and in all, and the one at hand (None: none) with its slices."""
+        """For ``GET /info/``: images done and in all, and the one at hand (None: none) with its slices.
+
+        ``cache_full``: images are examined, but only those on somebody's screen are encoded ahead.
+        """
         images = self._images()
-        version = self._models.version()
-        done = sum((image, version) in self._done for image in images)
-        return {"images_done": done, "images": len(images), **self._record}
+        wanted = self._wanted()
+        with self._lock:
+            done = sum((image, wanted) in self._done for image in images)
+        full = self._models.cache.full()
+        return {"images_done": done, "images": len(images), **self._record, "cache_full": full}
 
     def _run(self) -> None:
         while True:
-            image = self._next()
+            wanted, image = self._todo()
             if image is None:
                 time.sleep(LOOK_SECONDS)
                 continue
+            with self._lock:
+                self._changed.discard(image)
             try:
-                self._embed(image, self._read(image))
-                self._look(image, self._wait)
+                self._work_on(image)
+            except UnavailableError as error:
+                logger.warning("%s is not encoded ahead now, but later: %s", image, error)
+                self._not_before[image] = time.monotonic() + COME_AGAIN_SECONDS
+                continue
             except (SamAdaptError, OSError) as error:
                 logger.warning("%s is not encoded ahead: %s", image, error)
             except Exception:
                 logger.exception("%s is not encoded ahead", image)
             finally:
                 self._record = _IDLE
-            self._done.add((image, self._models.version()))
+            with self._lock:
+                if image not in self._changed:
+                    self._done.add((image, wanted))
 
-    def _next(self) -> str | None:
-        if not self._quiet() or self._models.cache.full():  # else it would push out what it has just made
+    def _todo(self) -> tuple[Hashable, str | None]:
+        """What is wanted now (what changes later asks for another look), and of which image next."""
+        try:
+            wanted = self._wanted()
+            return wanted, self._next(wanted)
+        except Exception:  # whatever it is, it must not end the thread
+            logger.exception("which images come next is not known now")
+            time.sleep(COME_AGAIN_SECONDS)
+            return None, None
+
+    def _next(self, wanted: Hashable) -> str | None:
+        if not self._quiet():
             return None
-        version = self._models.version()
+        images, now = self._images(), time.monotonic()
         with self._lock:
-            asked = list(self._asked)
-        return next((image for image in [*asked, *self._images()] if (image, version) not in self._done), None)
+            waiting = (image for image in [*self._asked, *images] if (image, wanted) not in self._done)
+            return next((image for image in waiting if now >= self._not_before.get(image, now)), None)
+
+    def _work_on(self, image: str) -> None:
+        volume = self._read(image)
+        if self._room_for(image):
+            self._embed(image, volume)
+        self._look(image, self._wait)
+
+    def _room_for(self, image: str) -> bool:
+        """Whether to encode an image: in a full cache it would push out what was made for those that come sooner."""
+        if self._models.cache.full() and self._models.version() != self._room_made_for:
+            self._room_made_for = self._models.version()
+            drop_superseded(self._models.cache, [self._models.current().model, self._models.prompted().model])
+        with self._lock:
+            return image in self._asked or not self._models.cache.full()
 
     def _read(self, image: str) -> Volume:
         """The image; not by way of ``Models``, whose memory is the annotators'. Where a model or a label is at fault

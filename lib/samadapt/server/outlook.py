@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
+from samadapt.activelearning import registry
 from samadapt.activelearning.leases import Leases
 from samadapt.activelearning.observe import EARLIER
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.survey import Survey
 from samadapt.config import AppConfig
-from samadapt.data.cases import FINAL, Case, find_cases
+from samadapt.data.cases import FINAL, Case, assume, find_cases
 from samadapt.errors import SamAdaptError, UnavailableError
+from samadapt.files import sha256_of
 from samadapt.inference.quality import Quality, quality
 from samadapt.project import Project
 from samadapt.server.models import PLAIN, Models
@@ -24,10 +26,11 @@ from samadapt.training.slices import read_case
 logger = logging.getLogger(__name__)
 
 ALWAYS = frozenset({"descriptor", "slice_descriptors", "examination", "label_dice"})
-"""What is gathered of every case whatever the strategy; the rest only once a strategy has asked for it."""
+"""What is gathered of every case whatever the strategy; the rest only for the configured one, and for those that
+somebody has chosen."""
 
 AHEAD = 4
-"""So many cases are ranked beyond those that somebody has. To rank all would take seconds among thousands, and
+"""So many cases are ranked that nobody has. To rank all would take seconds among thousands, and
 strategies that look for variety would have to tell all apart instead of finding the typical ones."""
 
 ALL_LABELLED = "every image has a final label; add images to the studies folder to go on"
@@ -45,15 +48,14 @@ class Outlook:
 
     def __init__(self, config: AppConfig, project: Project, models: Models, datastore: Callable[[], Any]) -> None:
         self._seed = config.seed or 0
+        self._coverage = config.coverage
         self._models = models
         self._datastore = datastore
         self._studies = project.root.parent
         self.leases = Leases(project.root / "leases.json", 60.0 * config.lease_minutes)
-        # Descriptors of different encoders do not fit together.
-        encoder = f"{config.backbone}-{config.image_size or 'auto'}"
-        self._survey = Survey(project.root / "survey" / encoder)
+        self._survey = Survey(project.root / "survey" / _encoder(config))
         self._lock = threading.Lock()
-        self._needs = set(ALWAYS)
+        self._needs = ALWAYS | registry.strategy(config.strategy).needs
         self._unreadable: dict[str, str] = {}
         self._order: list[str] = []
         self._cases: dict[str, Case] = {}
@@ -68,6 +70,10 @@ class Outlook:
         ahead = sorted(unlabelled, key=lambda case: (place.get(case, len(place)), case))
         return ahead + sorted(set(self._datastore().list_images()) - set(unlabelled))
 
+    def wanted(self) -> Hashable:
+        """For what ``look`` gathers: the version in service, and what strategies need. Cheap."""
+        return self._models.version(), self._needs
+
     def look(self, image: str, wait: Callable[[], None]) -> None:
         """Gather what strategies need of one image. ``wait`` returns when the machine is free for it."""
         served = self._models.current()
@@ -79,7 +85,8 @@ class Outlook:
         missing = self._survey.missing(image, path, version, needs, label_file)
         if not missing:
             return
-        volume, label, _ = read_case(case, served.model.info.labels) if case else (None, None, None)
+        cache = self._models.cache
+        volume, label, report = read_case(case, served.model.info.labels) if case else (None, None, None)
         self._survey.look(
             image,
             path,
@@ -89,15 +96,20 @@ class Outlook:
             model=served.model if trained else None,
             version=version,
             earlier=self._models.earlier(EARLIER) if "spread" in missing else (),
-            cache=self._models.cache,
+            cache=cache.reader() if cache.full() else cache,
             label=label,
             label_file=label_file,
+            unknown=report.unknown if report else (),
             progress=lambda done, total: wait(),
         )
 
     def unreadable(self, image: str, why: str) -> None:
         """Propose this image to nobody until the server starts anew."""
         self._unreadable[image] = why
+
+    def refused(self) -> Collection[str]:
+        """Ids of images that are proposed to nobody."""
+        return self._unreadable.keys()
 
     # ---- for annotators
 
@@ -162,19 +174,23 @@ class Outlook:
     def _rank(self, strategy: Strategy, client: str | None) -> list[Proposal]:
         """Some of the best cases that ``client`` may be given; none where there is none."""
         store = self._datastore()
-        unlabelled = [case for case in store.get_unlabeled_images() if case not in self._unreadable]
-        labelled = store.get_labeled_images()
-        names = self._models.current().model.info.labels.names if self._models.trained() else ()
-        every = Pool(
-            [self._candidate(case) for case in sorted(unlabelled)],
-            [self._candidate(case) for case in sorted(labelled)],
-            names,
+        unlabelled = sorted(case for case in store.get_unlabeled_images() if case not in self._unreadable)
+        labelled, held = sorted(store.get_labeled_images()), self.leases.held()
+        free = [case for case in unlabelled if case not in held]
+        # Where nothing is left but what somebody has, that goes round.
+        waiting, leased = (free, [case for case in unlabelled if case in held]) if free else (unlabelled, [])
+        pool = Pool(
+            [self._candidate(case) for case in waiting],
+            [self._candidate(case) for case in labelled],
+            self._models.current().model.info.labels.names if self._models.trained() else (),
             self._seed + len(labelled),
+            [self._candidate(case) for case in leased],
         )
-        ranking = [one for one in strategy.rank(every, self.leases.count() + AHEAD) if one.id not in self._unreadable]
-        self._order = [proposal.id for proposal in ranking]
+        beside = sum(case in held for case in (labelled if strategy.of_labelled else waiting))
+        ranking = [one for one in strategy.rank(pool, beside + AHEAD) if one.id not in self._unreadable]
         proposals = {proposal.id: proposal for proposal in ranking}
-        return [proposals[case] for case in self.leases.free(self._order, client)]
+        self._order = [*leased, *proposals]
+        return [proposals[case] for case in self.leases.free(list(proposals), client)]
 
     def _answer(self, strategy: Strategy, proposal: Proposal) -> dict[str, Any]:
         answer = {
@@ -211,7 +227,8 @@ class Outlook:
         if self._datastore().local_label(image) is None:
             return None
         if (times := self._times()) != self._cases_of:
-            self._cases, self._cases_of = {case.id: case for case in find_cases(self._studies)}, times
+            found = assume(find_cases(self._studies), self._coverage)
+            self._cases, self._cases_of = {case.id: case for case in found}, times
         case = self._cases.get(image)
         return case if case and case.label else None
 
@@ -219,3 +236,9 @@ class Outlook:
         """When images, labels and what is known of them last changed."""
         folders = (self._studies, self._studies / "labels", self._studies / "labels" / FINAL)
         return tuple(path.stat().st_mtime_ns for path in folders if path.exists())
+
+
+def _encoder(config: AppConfig) -> str:
+    """Names the frozen encoder: descriptors of different ones, or of the same with other weights, do not fit."""
+    name = f"{config.backbone}-{config.image_size or 'auto'}"
+    return f"{name}-{sha256_of(config.weights)[:16]}" if config.weights else name
