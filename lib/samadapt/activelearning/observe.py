@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from samadapt.activelearning.suggest import doubtful_foreground, evenly
+from samadapt.activelearning.suggest import evenly
 from samadapt.data.prompts import mask_boxes
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.view import ModelView
@@ -18,7 +18,7 @@ from samadapt.data.volume import Volume
 from samadapt.data.window import Window, default_window
 from samadapt.encoding import SliceEncoder
 from samadapt.inference.auto import BATCH_PIXELS
-from samadapt.inference.examine import SUSPECTED, Examination
+from samadapt.inference.examine import SUSPECTED, Examination, doubtful_foreground
 from samadapt.model import AdaptedModel
 
 DESCRIBED = 16

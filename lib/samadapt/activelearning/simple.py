@@ -8,7 +8,8 @@ import numpy as np
 
 from samadapt.activelearning.pools import by_id, chance, shuffled
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
-from samadapt.activelearning.suggest import SLICES, present, suggest_slices
+from samadapt.activelearning.suggest import SLICES, suggest_slices
+from samadapt.inference.examine import present
 
 
 class First(Strategy):

@@ -6,14 +6,10 @@ import numpy as np
 
 from samadapt.activelearning.clusters import cluster
 from samadapt.activelearning.strategy import Candidate
-from samadapt.inference.examine import Examination
+from samadapt.inference.examine import doubtful_foreground
 
 SLICES = 5
 """A few slices of many cases teach more than many slices of a few."""
-
-LEAST_PRESENT = 0.1
-"""A slice shows a class where it has this part or more of the class's largest area in the case: at the very ends of an
-object there is much doubt and little to learn."""
 
 
 def suggest_slices(
@@ -44,23 +40,6 @@ def suggest_slices(
     if case.slice_descriptors is not None and np.isfinite(case.slice_descriptors).all(axis=1).any():
         return _typical(case.slice_descriptors, count)
     return evenly(number_of_slices(case) or total or 0, count)
-
-
-def present(examination: Examination) -> np.ndarray:
-    """(N,) bool: the slices that show a good part of at least one class."""
-    areas = examination.areas
-    if not areas.size:
-        return np.zeros(len(areas), dtype=bool)
-    return (areas >= np.maximum(1, LEAST_PRESENT * areas.max(axis=0))).any(axis=1)
-
-
-def doubtful_foreground(examination: Examination, measure: np.ndarray) -> np.ndarray:
-    """Numbers of the slices that come into question: with foreground and doubt; else with either of the two."""
-    shown = present(examination)
-    for chosen in (shown & (measure > 0), shown, measure > 0):
-        if chosen.any():
-            return np.flatnonzero(chosen)
-    return np.array([], dtype=int)
 
 
 def evenly(total: int, count: int) -> list[int]:

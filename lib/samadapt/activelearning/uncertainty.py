@@ -9,8 +9,8 @@ import numpy as np
 
 from samadapt.activelearning.pools import ByScore
 from samadapt.activelearning.strategy import Candidate, Pool
-from samadapt.activelearning.suggest import doubtful_foreground, suggest_slices
-from samadapt.inference.examine import Examination
+from samadapt.activelearning.suggest import suggest_slices
+from samadapt.inference.examine import Examination, doubtful_foreground
 
 MOST = 5
 """A case is as doubtful as so many of its slices are on average, the most doubtful of those with foreground: as many

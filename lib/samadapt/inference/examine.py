@@ -20,6 +20,10 @@ SUSPECTED = 0.1
 """Where all foreground classes together have this probability or more, a pixel counts for how sure the model is: the
 empty rest of a volume is easy and would drown what matters. A class that has it nowhere is suspected nowhere."""
 
+LEAST_PRESENT = 0.1
+"""A slice shows a class where it has this part or more of the class's largest area in the case: at the very ends of an
+object there is much doubt and little to learn."""
+
 _TINY = 1e-6
 
 
@@ -128,3 +132,20 @@ def _measure(found: np.ndarray, shares: np.ndarray) -> np.ndarray:
     likeliest = few[1:].argmax(axis=0)
     by_class = [float(entropy[likeliest == n].mean()) if (likeliest == n).any() else 0.0 for n in range(classes)]
     return np.array([*areas, float(entropy.mean()), *by_class])
+
+
+def present(examination: Examination) -> np.ndarray:
+    """(N,) bool: the slices that show a good part of at least one class."""
+    areas = examination.areas
+    if not areas.size:
+        return np.zeros(len(areas), dtype=bool)
+    return (areas >= np.maximum(1, LEAST_PRESENT * areas.max(axis=0))).any(axis=1)
+
+
+def doubtful_foreground(examination: Examination, measure: np.ndarray) -> np.ndarray:
+    """Numbers of the slices that come into question: with foreground and doubt; else with either of the two."""
+    shown = present(examination)
+    for chosen in (shown & (measure > 0), shown, measure > 0):
+        if chosen.any():
+            return np.flatnonzero(chosen)
+    return np.array([], dtype=int)

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from samadapt.activelearning.suggest import doubtful_foreground
 from samadapt.evaluation.metrics import mean
-from samadapt.inference.examine import Examination
+from samadapt.inference.examine import Examination, doubtful_foreground
 
 PRIOR_CASES = 2.0
 """The correction counts for so many cases less than it comes from, so that one odd held-out case cannot turn it."""
