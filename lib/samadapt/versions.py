@@ -153,7 +153,17 @@ class Versions:
 
     def before_present(self) -> list[Path]:
         """Files of the versions that were in service before the present one, none of them rolled back; latest last."""
-        names = dict.fromkeys(event["version"] for event in reversed(_served(self.events())))
+        return self._others(_served(self.events()))
+
+    def since_promoted(self) -> list[Path]:
+        """``before_present``, but none from before a person last promoted one: who did has weighed the loss."""
+        served = _served(self.events())
+        chosen = [place for place, event in enumerate(served) if event["event"] == PROMOTED]
+        return self._others(served[max(chosen, default=0) :])
+
+    def _others(self, served: list[Event]) -> list[Path]:
+        """The files of these but the present one, each once."""
+        names = dict.fromkeys(event["version"] for event in reversed(served))
         current = self._project.published()
         files = [self._file(name) for name in reversed(names)]
         return [file for file in files if file.is_file() and file != current]
