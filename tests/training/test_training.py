@@ -33,7 +33,7 @@ from samadapt.project import Project
 from samadapt.training import checkpoint, train
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import Trainer
-from samadapt.training.slices import SliceSampler, few_slices, prepare
+from samadapt.training.slices import SliceSampler, few_slices, prepare, read_case
 from samadapt.versions import Versions
 from tiny import BACKBONES, write_studies
 
@@ -336,6 +336,37 @@ def test_an_untrained_model_finds_nothing(studies):
 
     model = recipes.build("lora", LABELS, BACKBONES["per_head"]())
     assert not segment(model, read_volume(studies / "case_0.nii.gz")).any()
+
+
+def test_a_label_that_is_submitted_again_meanwhile_is_measured_as_it_was(studies, monkeypatch):
+    """By another viewer, which numbers the segments the other way round and writes another file type."""
+    label = studies / "labels" / "final" / "case_3.nii.gz"
+    held_out = next(case for case in find_cases(studies) if case.id == "case_3")
+    truth, measured = read_case(held_out, LABELS)[1], []
+
+    def submit(record):
+        if record.get("step") and label.is_file():
+            swapped = np.array([0, 2, 1], np.uint8)[truth]
+            nib.save(nib.Nifti1Image(swapped, nib.load(label).affine), label.with_name("case_3.nii"))
+            label.unlink()
+
+    monkeypatch.setattr(
+        "samadapt.training.gate.read_case", lambda *args: measured.append(read_case(*args)) or measured[-1]
+    )
+    train(find_cases(studies), LABELS, settings_for(2), Project(studies), submit)
+    assert not label.exists()
+    assert len(measured) > 1
+    assert all(np.array_equal(mask, truth) for _, mask, _ in measured)
+    train(find_cases(studies), LABELS, settings_for(1), Project(studies))
+    kept = [path.name for path in (studies / ".samadapt" / "training" / "labels").iterdir()]
+    assert sorted(kept) == [f"case_{n}.nii{'' if n == 3 else '.gz'}" for n in range(5)]
+
+
+def test_a_label_that_goes_as_a_training_begins_is_told(studies):
+    cases = find_cases(studies)
+    cases[1].label.unlink()
+    with pytest.raises(StateError, match=r"label of case_1 was replaced.*Train again"):
+        train(cases, LABELS, settings_for(1), Project(studies))
 
 
 def test_a_worse_candidate_is_not_published(studies, monkeypatch):

@@ -38,6 +38,7 @@ from samadapt.training.ledger import Ledger, roles_in
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
 from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
+from samadapt.training.snapshot import keep_labels
 from samadapt.training.synthetic import RANGES, SyntheticSlices
 from samadapt.versions import Versions
 
@@ -149,6 +150,7 @@ class _Training:
             raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
         self._versions = Versions(project)
         ledger = Ledger(project.ledger, roles_in(self._versions.manifests()))
+        cases = keep_labels(cases, project.training / "labels")
         self._training, self._held_out = ledger.split(cases)
         self._restored = ledger.restored
         if not self._training:

@@ -44,8 +44,8 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapRe
     if case.label is None:
         raise InputError("the case has no label", where=case.id)
     volume = read_volume(case.image)
-    label = read_label(case.label, volume.geometry)
     try:
+        label = read_label(case.label, volume.geometry)
         mask, report = remap_covered(label, case.values, labels, case.coverage, volume.geometry.acquisition_axis)
     except InputError as error:
         raise InputError(error.what, where=f"label of {case.id}", remedy=error.remedy) from error
