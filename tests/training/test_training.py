@@ -545,6 +545,30 @@ def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
     assert any(f"went on from step {done}" in r["message"] for r in records)
 
 
+class Killed(BaseException):
+    pass
+
+
+def cut_short(record):
+    if record["epoch"] >= 3:
+        raise Killed
+
+
+def test_a_training_does_not_go_on_from_a_version_that_was_rolled_back(studies):
+    cases, project = find_cases(studies), Project(studies)
+    first = train(cases, LABELS, settings_for(2), project)
+    second = project.models / "v0002.safetensors"
+    second.write_bytes(first.model.read_bytes())
+    Versions(project).promote("v0002", "somebody", AppConfig())
+    with pytest.raises(Killed):
+        train(cases, LABELS, settings_for(20), project, cut_short)
+    Versions(project).rollback("somebody", AppConfig())
+    result = train(cases, LABELS, settings_for(2), project)
+    assert any("another model is in service" in remark for remark in result.remarks)
+    manifest = read_info(result.model).training
+    assert (manifest["parent"], manifest["steps"]) == ("v0001", 2)
+
+
 def test_a_resumed_training_keeps_the_statistics_of_norms(studies, monkeypatch):
     """SAM-LST's published form has BatchNorm: its running statistics are as much a result as its weights."""
     model = recipes.build("sam_lst", LABELS, BACKBONES["per_head"](), side=Ladder(reference=True))

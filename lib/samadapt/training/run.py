@@ -31,7 +31,7 @@ from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.recipes import Recipe
 from samadapt.terminal import plain
-from samadapt.training import crossval, preview
+from samadapt.training import checkpoint, crossval, preview
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
 from samadapt.training.ledger import Ledger, roles_in
@@ -175,7 +175,6 @@ class _Training:
         start = _starting_point(self._project, model)
         if start is not None:
             model.load_trained(start)
-        parent = start.stem if start else None
         prepared = self._prepare(model)
         learning, checking = self._shared_out(prepared, model.info.recipe.seed)
         refuse_empty(learning, self._labels)
@@ -185,14 +184,15 @@ class _Training:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
         budget = Budget(self._config.train_seconds(labelled), self._config.max_steps)
-        fingerprint = _fingerprint([*learning, *checking], model)
         folder = self._project.training
+        parent, fingerprint = self._begun_from(start, [*learning, *checking], model)
         trainer = Trainer(
             model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step, synthetic=synthetic
         )
         if steps := trainer.given_up():
             remarks.append(
-                f"an unfinished training of {steps} steps is given up: its labels, recipe or settings were others"
+                f"an unfinished training of {steps} steps is given up: its labels, recipe or settings were others, or "
+                "another model is in service"
             )
             self._log.phase(remarks[-1])
         if self._wants_preview(model, budget) and not trainer.resumable():
@@ -217,6 +217,23 @@ class _Training:
             remarks=result.remarks,
         )
         return result
+
+    def _begun_from(
+        self, start: Path | None, slices: Sequence[PreparedCase], model: AdaptedModel
+    ) -> tuple[str | None, str]:
+        """The version that this training goes on from, and its fingerprint.
+
+        An unfinished training may have put its own preview in service since it began: what that went on from counts.
+        """
+        own = _fingerprint(slices, model, start)
+        unfinished = (checkpoint.peek(self._project.training / checkpoint.FILE) or {}).get("fingerprint")
+        made = read_info_if_readable(start) if start else None
+        if made is not None and made.training.get("preview") and unfinished != own:
+            before = made.training["parent"]
+            file = self._project.models / f"{before}.safetensors" if before else None
+            if unfinished == (earlier := _fingerprint(slices, model, file)):
+                return before, earlier
+        return start.stem if start else None, own
 
     def _shared_out(self, prepared: Sequence[PreparedCase], seed: int) -> tuple[list[PreparedCase], list[PreparedCase]]:
         """What is learned from, and the held-out cases, which need no second plane."""
@@ -391,7 +408,7 @@ class _Training:
             record = manifest(
                 model, self._config, self._training, self._held_out, self._label_hashes, done, measured, verdict, clicks
             )
-            model.describe(training={**record, "name": self._name, "parent": parent})
+            model.describe(training={**record, "name": self._name, "parent": parent, "preview": clicks is None})
             file = self._project.next_model()
             model.save(file)
             if not verdict.published or self._versions.publish(file, verdict.reason, self._name, verdict.current):
@@ -490,10 +507,12 @@ def _synthetic(training: Sequence[PreparedCase], recipe: Recipe) -> SyntheticSli
     return SyntheticSlices(training, recipe.seed, ranges=ranges, share=recipe.synthetic_share) if ranges else None
 
 
-def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:
-    """Changes with the slices and the model, so that only the same training is resumed; its budget may change."""
+def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, start: Path | None) -> str:
+    """Changes with the slices, the model, and the version that it goes on from, so that only the same training is
+    resumed, and not one from a version that is no longer in service; its budget may change."""
     info = dataclasses.replace(model.info, trained=False, training={}, answers_prompts=True)
-    parts = [[case.key for case in prepared], info.to_json()]
+    begun_from = [start.name, sha256_of(start) if start.is_file() else None] if start else None
+    parts = [[case.key for case in prepared], info.to_json(), begun_from]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
