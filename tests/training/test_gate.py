@@ -12,6 +12,7 @@ import pytest
 from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case, find_cases
+from samadapt.data.coverage import Coverage
 from samadapt.data.labels import LabelMap
 from samadapt.data.slices import take_slice
 from samadapt.data.window import Window
@@ -302,6 +303,17 @@ def test_a_model_is_measured_by_name_whatever_its_own_numbers(studies):
         assert otherwise[case]["dark"] == pytest.approx(scores["dark"], nan_ok=True)
         assert otherwise[case]["Bright"] == pytest.approx(scores["bright"], nan_ok=True)
         assert math.isnan(otherwise[case]["new"])
+
+
+def test_what_is_expected_of_a_whole_volume_is_not_held_against_a_part_of_it(studies):
+    case, other = find_cases(studies)[:2]
+    model = AdaptedModel.load(train([case], LABELS, settings_for(1), Project(studies)).model)
+    partly = dataclasses.replace(case, coverage=Coverage(slices=(1,)))
+    _, expected = gate.measure_cases(model, [partly, other], LABELS)
+    whole = gate.measure_cases(model, [other], LABELS)[1][other.id]
+    assert all(math.isnan(value) for value in expected[case.id].values())
+    assert expected[other.id] == pytest.approx(whole, nan_ok=True)
+    assert not all(math.isnan(value) for value in whole.values())
 
 
 def damage(model) -> None:

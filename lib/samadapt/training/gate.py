@@ -77,7 +77,8 @@ def measure_cases(
 
     Returns:
         Dice of each of ``labels``, of which the model need not know all; NaN where a class is in neither mask, or where
-        nobody has looked for it. And the Dice that the model itself expected (``Examination.overlap``).
+        nobody has looked for it. And the Dice that the model itself expected (``Examination.overlap``); NaN for a case
+        of which a part is not labelled, since it is expected of the whole.
     """
     true, expected = {}, {}
     own = model.info.labels
@@ -85,7 +86,8 @@ def measure_cases(
         volume, truth, report = read_case(case, labels)
         mask, examination = examine(model, volume, cache=cache)
         true[case.id] = dice(_renumbered(mask, own, labels), truth, labels, report.unknown)
-        expected[case.id] = dict(zip(own.names, examination.overlap.tolist(), strict=True))
+        overlap = np.where((truth == IGNORE).any(), math.nan, examination.overlap)
+        expected[case.id] = dict(zip(own.names, overlap.tolist(), strict=True))
     return true, expected
 
 
