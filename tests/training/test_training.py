@@ -31,6 +31,7 @@ from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
 from samadapt.training import checkpoint, train
+from samadapt.training.crossval import CrossValidation
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import Trainer
 from samadapt.training.slices import SliceSampler, few_slices, prepare, read_case
@@ -137,6 +138,65 @@ def test_a_held_out_image_under_another_name_is_held_out(tmp_path, patient):
     assert [case.id for case in Ledger(path).split([*cases[:3], copied])[1]] == ["copied"]
     renamed = Case("renamed", cases[0].image.rename(tmp_path / "renamed.png"))
     assert Ledger(path).split([*cases[1:3], renamed])[1] == []
+
+
+SHOWN = {"a": "lesion", "b": "lesion", "c": "lesion", "d": "", "e": "", "f": "lesion", "g": "lesion", "h": "lesion"}
+
+
+def split_by_one(path, cases) -> list[str]:
+    """Ids of the cases that are held out, where each comes with a training of its own."""
+    for count in range(1, len(cases) + 1):
+        held_out = Ledger(path).split(cases[:count], lambda case: SHOWN[case.id].split())[1]
+    return [case.id for case in held_out]
+
+
+def test_the_next_patient_who_shows_what_no_held_out_case_shows_is_held_out(tmp_path):
+    assert split_by_one(tmp_path / "ledger.json", [Case(name, Path("x")) for name in SHOWN]) == ["d", "f", "h"]
+
+
+def test_what_nobody_could_learn_any_more_is_not_held_out(tmp_path):
+    """The first patients who show a structure are there to learn from."""
+    cases = [Case(name, Path("x")) for name in "abcdefgh"]
+    shown = dict.fromkeys("abcd", "liver") | dict.fromkeys("efgh", "liver new")
+    held_out = Ledger(tmp_path / "ledger.json").split(cases, lambda case: shown[case.id].split())[1]
+    assert [case.id for case in held_out] == ["d", "f", "h"]
+
+
+def test_never_more_than_half_of_the_patients_are_held_out_for_what_they_show(tmp_path):
+    cases = [Case(f"c{number:02}", Path("x")) for number in range(12)]
+    shown = {case.id: {f"s{number}"} for number, case in enumerate(cases)}
+    shown |= {case.id: {f"s{number}" for number in range(12)} for case in cases[:3]}
+    training, held_out = Ledger(tmp_path / "ledger.json").split(cases, lambda case: shown[case.id])
+    assert len(training) == len(held_out) == 6
+
+
+def empty_label(studies, case):
+    path = studies / "labels" / "final" / f"{case}.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+
+
+def test_held_out_cases_that_show_nothing_are_told_and_decide_nothing(studies, monkeypatch):
+    """case_3, the fourth, is a healthy patient; case_4 is not."""
+    empty_label(studies, "case_3")
+    crossed = CrossValidation(3, {str(n): {"bright": 0.4} for n in range(3)}, 18.0)
+    monkeypatch.setattr("samadapt.training.crossval.cross_validate", lambda *args: crossed)
+    project = Project(studies)
+    for answers in (False, True):
+        result = train(find_cases(studies)[:4], LABELS, settings_for(1), project)
+        assert read_info(result.model).answers_prompts == answers  # nothing to click on: as it was
+        assert any("no held-out case shows bright, dark" in remark for remark in result.remarks)
+        assert result.cross_validation == crossed
+        assert result.clicks.objects == 0
+        promoted = AdaptedModel.load(result.model)
+        promoted.describe(answers_prompts=True)
+        promoted.save(project.models / "v0009.safetensors")
+        if not answers:
+            Versions(project).promote("v0009", "somebody", AppConfig())
+    assert "the held-out cases show none of the structures" in result.reason
+    assert "Dice 0.400" in result.reason
+    last = read_info(train(find_cases(studies), LABELS, settings_for(1), project).model).training
+    assert last["held_out"] == ["case_3", "case_4"]
 
 
 def test_the_ledger_says_why(tmp_path):

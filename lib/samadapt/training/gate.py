@@ -154,11 +154,13 @@ class Measured:
         held_out: its Dice on the held-out cases.
         crossed: where nothing is held out.
         expected: the Dice on the held-out cases that it expected of itself.
+        shown: whether any held-out case shows a structure.
     """
 
     held_out: CaseDice
     crossed: CrossValidation | None = None
     expected: CaseDice = field(default_factory=dict)
+    shown: bool = True
 
 
 def judge(
@@ -199,8 +201,9 @@ def judge(
             other = measure_cases(rival, held_out, labels, cache)[0]
             earlier = _noted_before(project, held_out, labels)
             verdict = _by_held_out(measured.held_out, other, file.stem, rival.info.labels, earlier)
-            nothing = "the held-out cases show none of the structures"
-            verdict = verdict or _by_cross_validation(measured.crossed, labels, [file], nothing)
+            if verdict is None or (verdict.published and not measured.shown):
+                nothing = "the held-out cases show none of the structures"
+                verdict = _by_cross_validation(measured.crossed, labels, [file], nothing)
             return replace(verdict, current=in_service)
     reason = f"published without a comparison: {rivals[0].stem} is damaged, or its base weights are not here any more"
     return Verdict(True, reason, in_service)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,20 @@ class Ledger:
         self._roles: dict[str, str] = _read(path)
         self._remembered = dict(remembered or {})
         self.restored: list[str] = []
+        self._shows: Callable[[str], frozenset[str]] = lambda case_id: frozenset()
 
-    def split(self, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-        """Give every new group its role, in order of case id, and return (training cases, held-out cases)."""
+    def split(
+        self, cases: Sequence[Case], shows: Callable[[Case], Collection[str]] = lambda case: ()
+    ) -> tuple[list[Case], list[Case]]:
+        """Give every new group its role, in order of case id, and return (training cases, held-out cases).
+
+        Args:
+            cases: labelled ones.
+            shows: the structures that a case's label shows; called only for as many as a new group needs.
+        """
         before = len(self._roles)
+        self._shows = functools.cache(lambda case_id: frozenset(shows(by_id[case_id])))
+        by_id = {case.id: case for case in cases}
         self._restore(cases)
         ordered = sorted(cases, key=lambda case: case.id)
         for case in ordered:
@@ -87,8 +98,8 @@ class Ledger:
         if role is not None:
             self._roles[f"case {case.id}"] = role
             return
-        group = f"patient {case.patient}" if case.patient else f"case {case.id}"
-        role = self._roles.setdefault(group, self._role_of_patient(case, cases) or self._draw(cases))
+        group = _group(case)
+        role = self._roles.setdefault(group, self._role_of_patient(case, cases) or self._draw(case, cases))
         if case.patient:
             self._roles[f"{group}{_MEMBER}{case.id}"] = role
 
@@ -119,7 +130,7 @@ class Ledger:
     def nothing_held_out(self, cases: Sequence[Case]) -> bool:
         """Whether the labelled ones of ``cases`` are enough to hold some out, and yet all of them train."""
         labelled = [case for case in cases if case.label]
-        groups = {case.patient or f"case {case.id}" for case in labelled}
+        groups = {_group(case) for case in labelled}
         return len(groups) >= HELD_OUT_EVERY and {self._known(case.id) for case in labelled} == {TRAIN}
 
     def _why(self, case: Case) -> str:
@@ -135,7 +146,7 @@ class Ledger:
         what = group if group.startswith("patient ") else "it"
         beside = f", with {others} more of the same patient" if others > 0 else ""
         regular = (number % HELD_OUT_EVERY == 0) == (role == HELD_OUT)
-        others_why = "restored, the same image as another, or no other was left to hold out"
+        others_why = "restored, the same image as another, or no other held-out case was left or showed its structures"
         rule = f"one in {HELD_OUT_EVERY} is held out" if regular else others_why
         return f"{what} is number {number}, {rule}{beside}"
 
@@ -156,12 +167,31 @@ class Ledger:
         others = {self._known(other.id) for other in cases if case.patient and other.patient == case.patient}
         return next((role for role in (TRAIN, HELD_OUT) if role in others), None)
 
-    def _draw(self, cases: Sequence[Case]) -> str:
-        """Every fourth group is held out; and one at once where those that were have lost their labels."""
+    def _draw(self, case: Case, cases: Sequence[Case]) -> str:
+        """Every fourth group is held out; and one at once where those that were have lost their labels, or show less
+        than this one."""
         groups = len(self._groups())
-        present = {case.patient or f"case {case.id}": role for case in cases if (role := self._known(case.id))}
+        present = {_group(one): role for one in cases if (role := self._known(one.id))}
         none_left = len(present) >= HELD_OUT_EVERY - 1 and HELD_OUT not in present.values()
-        return HELD_OUT if none_left or groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
+        regular = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return HELD_OUT if none_left or regular or self._shows_more(case, cases, list(present.values())) else TRAIN
+
+    def _shows_more(self, case: Case, cases: Sequence[Case], present: Sequence[str]) -> bool:
+        """Whether a new group shows what no held-out case shows. It must also be there to learn from, and no more than
+        half of the groups are held out for this."""
+        if HELD_OUT not in present or 2 * (present.count(HELD_OUT) + 1) > len(present) + 1:
+            return False
+        of = {role: [one.id for one in cases if self._known(one.id) == role] for role in (TRAIN, HELD_OUT)}
+        own = [one.id for one in cases if _group(one) == _group(case)]
+        learned, measured, shown = (self._shown(ids) for ids in (of[TRAIN], of[HELD_OUT], own))
+        return bool((shown & learned) - measured)
+
+    def _shown(self, case_ids: Iterable[str]) -> set[str]:
+        return set().union(*(self._shows(case_id) for case_id in case_ids))
+
+
+def _group(case: Case) -> str:
+    return f"patient {case.patient}" if case.patient else f"case {case.id}"
 
 
 def roles_in(manifests: Iterable[Mapping[str, Any]]) -> dict[str, str]:

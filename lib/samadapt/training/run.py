@@ -37,7 +37,7 @@ from samadapt.training.gate import ClickScores, Measured, Verdict, compare_click
 from samadapt.training.ledger import Ledger, roles_in
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
-from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
+from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case, shown_in
 from samadapt.training.snapshot import keep_labels
 from samadapt.training.synthetic import RANGES, SyntheticSlices
 from samadapt.versions import Versions
@@ -151,7 +151,7 @@ class _Training:
         self._versions = Versions(project)
         ledger = Ledger(project.ledger, roles_in(self._versions.manifests()))
         cases = keep_labels(cases, project.training / "labels")
-        self._training, self._held_out = ledger.split(cases)
+        self._training, self._held_out = ledger.split(cases, lambda case: shown_in(case, labels))
         self._restored = ledger.restored
         if not self._training:
             raise StateError(
@@ -165,6 +165,7 @@ class _Training:
         self._config = config
         self._project = project
         self._log = log
+        self._measurable = False
         self._cache = SliceCache(project.cache, config.cache_gib)
 
     def run(self) -> TrainResult:
@@ -179,7 +180,8 @@ class _Training:
         learning, checking = self._shared_out(prepared, model.info.recipe.seed)
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
-        remarks = self._odd_about(prepared, synthetic)
+        self._measurable = any(case.slices_of for case in checking)
+        remarks = [*self._odd_about(prepared, synthetic), *self._unmeasured(learning, checking)]
         for remark in remarks:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
@@ -256,6 +258,17 @@ class _Training:
             )
         return remarks
 
+    def _unmeasured(self, learning: Sequence[PreparedCase], checking: Sequence[PreparedCase]) -> list[str]:
+        """What is learned, but shown by no held-out case: nobody would see that it got worse."""
+        learned, shown = ({index for case in cases for index in case.slices_of} for cases in (learning, checking))
+        names = [name for index, name in enumerate(self._labels.names, start=1) if index in learned - shown]
+        if not names or not self._held_out:
+            return []
+        return [
+            f"no held-out case shows {', '.join(names)}, so models are not compared on it; the next new patient who "
+            "shows it is held out"
+        ]
+
     def _untrained(self, plan: Plan) -> AdaptedModel:
         config = self._config
         recipe = recipes.configured(config)
@@ -280,7 +293,7 @@ class _Training:
     def _wants_preview(self, model: AdaptedModel, budget: Budget) -> bool:
         """A preview is for those who would wait long, for more than a head; where nothing is held out, it must not
         replace a better model."""
-        comparable = bool(self._held_out) or self._project.published() is None
+        comparable = self._measurable or self._project.published() is None
         return (
             comparable
             and model.learns_encoder
@@ -308,9 +321,7 @@ class _Training:
             self._log.phase("preview finds nothing yet, so it is not published")
             return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
-        current = self._project.published()
-        before = read_info_if_readable(current) if current else None
-        model.describe(answers_prompts=before.answers_prompts if before else False)
+        model.describe(answers_prompts=self._answers_clicks_now())
         file, verdict = self._decide(model, done, parent, measured)
         if not verdict.published:
             file.unlink()
@@ -319,8 +330,9 @@ class _Training:
     def _cross_validate(
         self, plan: Plan, learning: Sequence[PreparedCase], budget: Budget, remarks: list[str]
     ) -> CrossValidation | None:
-        """Where nothing is held out, a figure all the same; a remark tells it, or why there is none."""
-        if self._held_out:
+        """Where nothing is held out that shows a structure, a figure all the same; a remark tells it, or why there is
+        none."""
+        if self._measurable:
             return None
         found, folds = None, crossval.make_folds(learning, self._training)
         if budget.seconds < crossval.WORTHWHILE:
@@ -332,7 +344,8 @@ class _Training:
                 folds, len(self._training), budget, self._cache, lambda *fold: self._fit_fold(plan, *fold)
             )
             why = "no structure is shown by more than one part"
-        remarks.append(str(found) if found else f"nothing is held out yet, and not cross-validated: {why}")
+        nothing = "the held-out cases show no structure" if self._held_out else "nothing is held out yet"
+        remarks.append(str(found) if found else f"{nothing}, and not cross-validated: {why}")
         self._log.phase(remarks[-1])
         return found
 
@@ -371,7 +384,8 @@ class _Training:
             self._config,
             lambda number, total: self._log.phase(f"clicking on object {number} of {total}"),
         )
-        model.describe(answers_prompts=model.takes_prompts and clicks.adapted >= clicks.plain)
+        follows = clicks.adapted >= clicks.plain if clicks.objects else self._answers_clicks_now()
+        model.describe(answers_prompts=model.takes_prompts and follows)
         candidate, verdict = self._decide(model, done, parent, measured, clicks)
         if not verdict.published:
             self._versions.refuse(candidate, verdict.reason, self._name)
@@ -390,9 +404,15 @@ class _Training:
             [*remarks, *missed],
         )
 
+    def _answers_clicks_now(self) -> bool:
+        """Whether the model in service does, and not the plain one."""
+        current = self._project.published()
+        info = read_info_if_readable(current) if current else None
+        return info is not None and info.answers_prompts
+
     def _measure(self, model: AdaptedModel, crossed: CrossValidation | None = None) -> Measured:
         true, expected = measure_cases(model, self._held_out, self._labels, self._cache)
-        return Measured(true, crossed, expected)
+        return Measured(true, crossed, expected, self._measurable)
 
     def _decide(
         self,

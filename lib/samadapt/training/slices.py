@@ -52,6 +52,15 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapRe
     return volume, mask, report
 
 
+def shown_in(case: Case, labels: LabelMap) -> set[str]:
+    """Names of the classes that a case's label shows; none where it cannot be read, which its training will tell."""
+    try:
+        mask = read_case(case, labels)[1]
+    except InputError:
+        return set()
+    return {labels.names[index - 1] for index in np.unique(mask).tolist() if 0 < index <= len(labels)}
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
     """The slices of one case in one of its planes, in the model frame, memory-mapped.
