@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -138,6 +139,49 @@ def test_a_held_out_image_under_another_name_is_held_out(tmp_path, patient):
     assert [case.id for case in Ledger(path).split([*cases[:3], copied])[1]] == ["copied"]
     renamed = Case("renamed", cases[0].image.rename(tmp_path / "renamed.png"))
     assert Ledger(path).split([*cases[1:3], renamed])[1] == []
+
+
+def test_held_out_images_that_are_renumbered_stay_held_out(tmp_path):
+    """Somebody removes the first image, and every other one takes the name before its own."""
+    path, files = tmp_path / "ledger.json", [tmp_path / f"{name}.png" for name in "abcdefgh"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    held_out = Ledger(path).split([Case(file.stem, file) for file in files])[1]
+    held_out_images = [case.image.read_bytes() for case in held_out]
+    assert held_out_images == [b"d.png", b"h.png"]
+    files[0].unlink()
+    for before, after in itertools.pairwise(files):
+        after.rename(before)
+    for _ in range(2):
+        training, held_out = Ledger(path).split([Case(file.stem, file) for file in files[:-1]])
+        assert [case.image.read_bytes() for case in held_out] == held_out_images
+        assert len(training) == 5
+
+
+def test_an_image_is_read_again_only_if_its_file_has_changed(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("samadapt.training.ledger.sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    cases = [Case(name, tmp_path / f"{name}.png") for name in "ab"]
+    for case in cases:
+        case.image.write_bytes(b"image of " + case.id.encode())
+    for _ in range(2):
+        Ledger(tmp_path / "ledger.json").split(cases)
+    assert read == ["a.png", "b.png"]
+    cases[0].image.write_bytes(b"another image")
+    for _ in range(2):
+        Ledger(tmp_path / "ledger.json").split(cases)
+    assert read == ["a.png", "b.png", "a.png"]
+
+
+def test_a_patient_whose_name_is_written_otherwise_is_the_same(tmp_path):
+    path = tmp_path / "ledger.json"
+    cases = [Case(f"c{n}", Path("x"), patient=f"Patient{n}") for n in range(4)]
+    assert [case.id for case in Ledger(path).split(cases)[1]] == ["c3"]
+    later = Case("later", Path("x"), patient="patient3")
+    assert [case.id for case in Ledger(path).split([*cases[:3], later])[1]] == ["later"]
+    both = [Case("x1", Path("x"), patient="New"), Case("x2", Path("x"), patient="NEW")]
+    assert len(Ledger(path).split([*cases, *both])[0]) == 5
+    assert not [name for name in json.loads(path.read_text()) if name == "patient NEW"]
 
 
 SHOWN = {"a": "lesion", "b": "lesion", "c": "lesion", "d": "", "e": "", "f": "lesion", "g": "lesion", "h": "lesion"}
