@@ -80,6 +80,24 @@ def test_rolling_back_goes_back_one_by_one_and_not_to_what_was_refused(trained):
     assert [event["event"] for event in trained.events()][-2:] == ["rolled back", "rolled back"]
 
 
+def spoil(project, name):
+    (project.models / f"{name}.safetensors").write_bytes(b"damaged")
+
+
+def test_rolling_back_passes_over_what_is_damaged_and_says_so(trained, project):
+    spoil(project, "v0002")
+    assert trained.rollback("me", CONFIG).name == "v0001"
+    assert trained.events()[-1]["reason"] == "instead of v0003; passed over, as damaged: v0002"
+
+
+def test_where_everything_before_is_damaged_nothing_changes(trained, project):
+    for name in ("v0001", "v0002"):
+        spoil(project, name)
+    with pytest.raises(StateError, match="damaged: v0002, v0001"):
+        trained.rollback("me", CONFIG)
+    assert in_service(trained) == ["v0003"]
+
+
 def test_a_promoted_version_can_be_rolled_back(trained):
     assert trained.promote("v0004", "me", CONFIG).in_service
     assert trained.rollback("me", CONFIG).name == "v0003"

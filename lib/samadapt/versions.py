@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,17 @@ class Versions:
 
     def before_present(self) -> list[Path]:
         """Files of the versions that were in service before the present one, none of them rolled back; latest last."""
-        names = dict.fromkeys(event["version"] for event in reversed(_served(self.events())))
+        return self._others(_served(self.events()))
+
+    def since_promoted(self) -> list[Path]:
+        """``before_present``, but none from before a person last promoted one: who did has weighed the loss."""
+        served = _served(self.events())
+        chosen = [place for place, event in enumerate(served) if event["event"] == PROMOTED]
+        return self._others(served[max(chosen, default=0) :])
+
+    def _others(self, served: list[Event]) -> list[Path]:
+        """The files of these but the present one, each once."""
+        names = dict.fromkeys(event["version"] for event in reversed(served))
         current = self._project.published()
         files = [self._file(name) for name in reversed(names)]
         return [file for file in files if file.is_file() and file != current]
@@ -203,19 +213,19 @@ class Versions:
         """What ``rollback`` puts in service.
 
         Raises:
-            StateError: no other version has been in service before, or none of their files is left.
+            StateError: no other version has been in service before, or none of their files is left undamaged.
         """
-        stack, current = _served(self.events()), self._project.published()
-        for event in reversed(stack):
-            file = self._file(event["version"])
-            if file.is_file() and file != current:
-                return self.get(event["version"])
-        raise StateError("no version was in service before this one", where="rollback", remedy=self._known())
+        before = self._before()
+        for version in before:
+            if version.verdict != DAMAGED:
+                return version
+        raise self._no_way_back(before)
 
     def rollback(self, by: str, config: AppConfig) -> Version:
         """Put the version in service again that was so before the present one; once more goes back further.
 
-        The preview that a training publishes before its result is no version to go back to.
+        The preview that a training publishes before its result is no version to go back to, and neither is a damaged
+        one.
 
         Args:
             by: who.
@@ -224,16 +234,35 @@ class Versions:
         Raises:
             StateError: see ``previous`` and ``promote``.
         """
-        return self._put_in_service(ROLLED_BACK, self.previous(), by, config)
+        damaged: list[Version] = []
+        for version in self._before():
+            try:
+                return self._put_in_service(ROLLED_BACK, version, by, config, damaged)
+            except InputError:
+                damaged.append(version)
+        raise self._no_way_back(damaged)
 
-    def _put_in_service(self, kind: str, version: Version, by: str, config: AppConfig) -> Version:
+    def _before(self) -> list[Version]:
+        """``before_present``, latest first."""
+        return [self.get(file.stem) for file in reversed(self.before_present())]
+
+    def _no_way_back(self, damaged: Sequence[Version]) -> StateError:
+        what = "no version was in service before this one"
+        if damaged:
+            what = f"what was in service before this one is damaged: {_listed(damaged)}"
+        return StateError(what, where="rollback", remedy=self._known())
+
+    def _put_in_service(
+        self, kind: str, version: Version, by: str, config: AppConfig, damaged: Sequence[Version] = ()
+    ) -> Version:
         _require_loadable(version, config)
         with self._locked():
             current = self._project.published()
             if current == version.file:
                 raise self._serves_already(version.name)  # somebody else was quicker
             reason = f"instead of {current.stem}" if current else "nothing was in service"
-            self._serve(kind, version.file, by, reason, None)
+            passed = f"; passed over, as damaged: {_listed(damaged)}" if damaged else ""
+            self._serve(kind, version.file, by, f"{reason}{passed}", None)
         return self.get(version.name)
 
     def _serves_already(self, name: str) -> StateError:
@@ -337,6 +366,10 @@ def _served(events: list[Event]) -> list[Event]:
                 stack.pop()
             stack.append(event)
     return stack
+
+
+def _listed(versions: Sequence[Version]) -> str:
+    return ", ".join(version.name for version in versions)
 
 
 def _require_loadable(version: Version, config: AppConfig) -> None:

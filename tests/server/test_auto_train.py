@@ -7,8 +7,12 @@ import time
 
 import pytest
 
+from samadapt import recipes
+from samadapt.data.labels import LabelMap
+from samadapt.files import sha256_of
 from samadapt.project import Project
-from samadapt.server.auto_train import RESUMES, AutoTrain
+from samadapt.server.auto_train import RESUMES, RETRY_SECONDS, AutoTrain
+from tiny import BACKBONES
 
 
 class Played:
@@ -35,8 +39,8 @@ class Played:
     def ends(self, state="done"):
         """The training that runs has begun a second from now, which is after every label so far, and ends."""
         self.busy = False
-        self.project.write_status(state="done", started=time.time() + 1)
-        if state != "done":
+        self.project.write_status(state="failed" if state == "failed" else "done", started=time.time() + 1)
+        if state == "cut short":
             status = self.project.status()
             self.project.write_status(**{**status, "state": "running", "pid_started": 0.0})
 
@@ -86,7 +90,9 @@ def test_a_label_dated_in_the_future_counts_once(played):
     played.ends()
     assert not watching.look()
     assert not auto(played).look()  # after a restart, too
-    os.utime(played.files[0], (time.time() + 10**6,) * 2)  # submitted again
+    os.utime(played.files[0], (time.time() + 2 * 10**6,) * 2)
+    assert watching.new_labels() == 0
+    played.files[0].write_bytes(b"mended")
     assert watching.new_labels() == 1
 
 
@@ -127,7 +133,76 @@ def test_a_training_that_somebody_stopped_does_not_go_on(played, monkeypatch):
     assert not auto(played).look()
 
 
-def test_a_start_that_fails_is_not_repeated_at_once(played):
+@pytest.fixture
+def clock(monkeypatch):
+    """Moves the time on."""
+    now = [time.time()]
+    monkeypatch.setattr("samadapt.server.auto_train.time.time", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_what_a_failed_training_has_not_learned_is_tried_again_later_and_later(played, clock):
+    watching = auto(played)
+    played.submit(2)
+    assert watching.look()
+    for wait in (RETRY_SECONDS, 2 * RETRY_SECONDS):
+        played.ends("failed")
+        assert watching.new_labels() == 2
+        assert not watching.look()
+        clock(wait - 1)
+        assert not watching.look()
+        clock(2)
+        assert watching.look()
+    played.ends()
+    assert watching.new_labels() == 0
+    assert not watching.look()
+
+
+def test_a_training_that_never_wrote_a_word_is_not_started_at_every_look(played, clock):
+    watching = auto(played)
+    played.submit(2)
+    assert watching.look()
+    played.busy = False
+    assert not watching.look()
+    clock(RETRY_SECONDS + 1)
+    assert watching.look()
+
+
+def test_a_label_that_comes_as_a_training_begins_counts_for_the_next(played):
+    """After its labels were listed, and before it noted when it began."""
+    watching = auto(played)
+    played.submit(2)
+    assert watching.look()
+    played.submit()
+    played.ends()
+    assert watching.new_labels() == 1
+
+
+def test_labels_that_a_training_by_hand_has_learned_are_not_new(played, tiny_backbone):
+    played.submit(3)
+    model = recipes.build("lora_late", LabelMap(("bright",)), BACKBONES["per_head"]())
+    learned = {str(number): sha256_of(played.files[number]) for number in range(2)}
+    for noted in ({"label_sha256": learned}, {"label_sha256": {**learned, "2": "0"}, "preview": True}):
+        model.describe(training=noted)
+        model.save(played.project.next_model())
+    played.project.write_status(state="failed", started=time.time() + 1)  # a later one
+    assert auto(played).new_labels() == 1
+
+
+def test_a_label_is_read_again_only_if_it_has_changed(played, monkeypatch):
+    read = []
+    monkeypatch.setattr("samadapt.server.auto_train.sha256_of", lambda path: read.append(path) or sha256_of(path))
+    watching = auto(played)
+    played.submit(2)
+    for _ in range(3):
+        watching.new_labels()
+    assert read == played.files
+    played.files[0].write_bytes(b"mended")
+    watching.new_labels()
+    assert read == [*played.files, played.files[0]]
+
+
+def test_a_start_that_fails_is_not_repeated_at_once(played, clock):
     def refuse():
         played.started += 1
         raise RuntimeError("the host is not ready")
@@ -140,3 +215,7 @@ def test_a_start_that_fails_is_not_repeated_at_once(played):
         watching.look()
     assert not watching.look()
     assert played.started == 1
+    assert watching.new_labels() == 1
+    clock(RETRY_SECONDS + 1)
+    with pytest.raises(RuntimeError):
+        watching.look()

@@ -81,6 +81,27 @@ def test_it_is_published_first_and_gives_way_to_the_better_one(studies, config, 
     assert "v0001 has" in result.reason
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_training_goes_on_although_its_preview_is_in_service(studies, config, monkeypatch):
+    monkeypatch.setattr("samadapt.training.run.NOT_FOUND", 0.0)
+    cases, project, said = find_cases(studies), Project(studies), []
+
+    def cut_short(record):
+        if record["epoch"] >= 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cases, LABELS, config, project, cut_short)
+    assert project.published().stem == "v0001"
+    result = train(cases, LABELS, config, project, lambda record: said.append(record["message"]))
+    assert any("went on from step" in message for message in said)
+    assert read_info(result.model).training["parent"] is None
+    assert result.model.stem == "v0002"
+
+
 def test_what_cannot_be_compared_is_not_replaced_by_a_preview(studies, config):
     cases = find_cases(studies)[:2]
     first = train(cases, LABELS, config, Project(studies))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -31,9 +32,10 @@ from samadapt.inference.auto import segment
 from samadapt.model import AdaptedModel, read_info
 from samadapt.project import Project
 from samadapt.training import checkpoint, train
+from samadapt.training.crossval import CrossValidation
 from samadapt.training.ledger import Ledger
 from samadapt.training.loop import Trainer
-from samadapt.training.slices import SliceSampler, few_slices, prepare
+from samadapt.training.slices import SliceSampler, few_slices, prepare, read_case
 from samadapt.versions import Versions
 from tiny import BACKBONES, write_studies
 
@@ -137,6 +139,108 @@ def test_a_held_out_image_under_another_name_is_held_out(tmp_path, patient):
     assert [case.id for case in Ledger(path).split([*cases[:3], copied])[1]] == ["copied"]
     renamed = Case("renamed", cases[0].image.rename(tmp_path / "renamed.png"))
     assert Ledger(path).split([*cases[1:3], renamed])[1] == []
+
+
+def test_held_out_images_that_are_renumbered_stay_held_out(tmp_path):
+    """Somebody removes the first image, and every other one takes the name before its own."""
+    path, files = tmp_path / "ledger.json", [tmp_path / f"{name}.png" for name in "abcdefgh"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    held_out = Ledger(path).split([Case(file.stem, file) for file in files])[1]
+    held_out_images = [case.image.read_bytes() for case in held_out]
+    assert held_out_images == [b"d.png", b"h.png"]
+    files[0].unlink()
+    for before, after in itertools.pairwise(files):
+        after.rename(before)
+    for _ in range(2):
+        training, held_out = Ledger(path).split([Case(file.stem, file) for file in files[:-1]])
+        assert [case.image.read_bytes() for case in held_out] == held_out_images
+        assert len(training) == 5
+
+
+def test_an_image_is_read_again_only_if_its_file_has_changed(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("samadapt.training.ledger.sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    cases = [Case(name, tmp_path / f"{name}.png") for name in "ab"]
+    for case in cases:
+        case.image.write_bytes(b"image of " + case.id.encode())
+    for _ in range(2):
+        Ledger(tmp_path / "ledger.json").split(cases)
+    assert read == ["a.png", "b.png"]
+    cases[0].image.write_bytes(b"another image")
+    for _ in range(2):
+        Ledger(tmp_path / "ledger.json").split(cases)
+    assert read == ["a.png", "b.png", "a.png"]
+
+
+def test_a_patient_whose_name_is_written_otherwise_is_the_same(tmp_path):
+    path = tmp_path / "ledger.json"
+    cases = [Case(f"c{n}", Path("x"), patient=f"Patient{n}") for n in range(4)]
+    assert [case.id for case in Ledger(path).split(cases)[1]] == ["c3"]
+    later = Case("later", Path("x"), patient="patient3")
+    assert [case.id for case in Ledger(path).split([*cases[:3], later])[1]] == ["later"]
+    both = [Case("x1", Path("x"), patient="New"), Case("x2", Path("x"), patient="NEW")]
+    assert len(Ledger(path).split([*cases, *both])[0]) == 5
+    assert not [name for name in json.loads(path.read_text()) if name == "patient NEW"]
+
+
+SHOWN = {"a": "lesion", "b": "lesion", "c": "lesion", "d": "", "e": "", "f": "lesion", "g": "lesion", "h": "lesion"}
+
+
+def split_by_one(path, cases) -> list[str]:
+    """Ids of the cases that are held out, where each comes with a training of its own."""
+    for count in range(1, len(cases) + 1):
+        held_out = Ledger(path).split(cases[:count], lambda case: SHOWN[case.id].split())[1]
+    return [case.id for case in held_out]
+
+
+def test_the_next_patient_who_shows_what_no_held_out_case_shows_is_held_out(tmp_path):
+    assert split_by_one(tmp_path / "ledger.json", [Case(name, Path("x")) for name in SHOWN]) == ["d", "f", "h"]
+
+
+def test_what_nobody_could_learn_any_more_is_not_held_out(tmp_path):
+    """The first patients who show a structure are there to learn from."""
+    cases = [Case(name, Path("x")) for name in "abcdefgh"]
+    shown = dict.fromkeys("abcd", "liver") | dict.fromkeys("efgh", "liver new")
+    held_out = Ledger(tmp_path / "ledger.json").split(cases, lambda case: shown[case.id].split())[1]
+    assert [case.id for case in held_out] == ["d", "f", "h"]
+
+
+def test_never_more_than_half_of_the_patients_are_held_out_for_what_they_show(tmp_path):
+    cases = [Case(f"c{number:02}", Path("x")) for number in range(12)]
+    shown = {case.id: {f"s{number}"} for number, case in enumerate(cases)}
+    shown |= {case.id: {f"s{number}" for number in range(12)} for case in cases[:3]}
+    training, held_out = Ledger(tmp_path / "ledger.json").split(cases, lambda case: shown[case.id])
+    assert len(training) == len(held_out) == 6
+
+
+def empty_label(studies, case):
+    path = studies / "labels" / "final" / f"{case}.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+
+
+def test_held_out_cases_that_show_nothing_are_told_and_decide_nothing(studies, monkeypatch):
+    """case_3, the fourth, is a healthy patient; case_4 is not."""
+    empty_label(studies, "case_3")
+    crossed = CrossValidation(3, {str(n): {"bright": 0.4} for n in range(3)}, 18.0)
+    monkeypatch.setattr("samadapt.training.crossval.cross_validate", lambda *args: crossed)
+    project = Project(studies)
+    for answers in (False, True):
+        result = train(find_cases(studies)[:4], LABELS, settings_for(1), project)
+        assert read_info(result.model).answers_prompts == answers  # nothing to click on: as it was
+        assert any("no held-out case shows bright, dark" in remark for remark in result.remarks)
+        assert result.cross_validation == crossed
+        assert result.clicks.objects == 0
+        promoted = AdaptedModel.load(result.model)
+        promoted.describe(answers_prompts=True)
+        promoted.save(project.models / "v0009.safetensors")
+        if not answers:
+            Versions(project).promote("v0009", "somebody", AppConfig())
+    assert "the held-out cases show none of the structures" in result.reason
+    assert "Dice 0.400" in result.reason
+    last = read_info(train(find_cases(studies), LABELS, settings_for(1), project).model).training
+    assert last["held_out"] == ["case_3", "case_4"]
 
 
 def test_the_ledger_says_why(tmp_path):
@@ -338,6 +442,37 @@ def test_an_untrained_model_finds_nothing(studies):
     assert not segment(model, read_volume(studies / "case_0.nii.gz")).any()
 
 
+def test_a_label_that_is_submitted_again_meanwhile_is_measured_as_it_was(studies, monkeypatch):
+    """By another viewer, which numbers the segments the other way round and writes another file type."""
+    label = studies / "labels" / "final" / "case_3.nii.gz"
+    held_out = next(case for case in find_cases(studies) if case.id == "case_3")
+    truth, measured = read_case(held_out, LABELS)[1], []
+
+    def submit(record):
+        if record.get("step") and label.is_file():
+            swapped = np.array([0, 2, 1], np.uint8)[truth]
+            nib.save(nib.Nifti1Image(swapped, nib.load(label).affine), label.with_name("case_3.nii"))
+            label.unlink()
+
+    monkeypatch.setattr(
+        "samadapt.training.gate.read_case", lambda *args: measured.append(read_case(*args)) or measured[-1]
+    )
+    train(find_cases(studies), LABELS, settings_for(2), Project(studies), submit)
+    assert not label.exists()
+    assert len(measured) > 1
+    assert all(np.array_equal(mask, truth) for _, mask, _ in measured)
+    train(find_cases(studies), LABELS, settings_for(1), Project(studies))
+    kept = [path.name for path in (studies / ".samadapt" / "training" / "labels").iterdir()]
+    assert sorted(kept) == [f"case_{n}.nii{'' if n == 3 else '.gz'}" for n in range(5)]
+
+
+def test_a_label_that_goes_as_a_training_begins_is_told(studies):
+    cases = find_cases(studies)
+    cases[1].label.unlink()
+    with pytest.raises(StateError, match=r"label of case_1 was replaced.*Train again"):
+        train(cases, LABELS, settings_for(1), Project(studies))
+
+
 def test_a_worse_candidate_is_not_published(studies, monkeypatch):
     project = Project(studies)
     first = train(find_cases(studies), LABELS, settings_for(40), project)
@@ -512,6 +647,30 @@ def test_a_resumed_training_goes_on_where_it_was(studies, monkeypatch):
     assert steps[0] >= done
     assert steps[-1] == 210
     assert any(f"went on from step {done}" in r["message"] for r in records)
+
+
+class Killed(BaseException):
+    pass
+
+
+def cut_short(record):
+    if record["epoch"] >= 3:
+        raise Killed
+
+
+def test_a_training_does_not_go_on_from_a_version_that_was_rolled_back(studies):
+    cases, project = find_cases(studies), Project(studies)
+    first = train(cases, LABELS, settings_for(2), project)
+    second = project.models / "v0002.safetensors"
+    second.write_bytes(first.model.read_bytes())
+    Versions(project).promote("v0002", "somebody", AppConfig())
+    with pytest.raises(Killed):
+        train(cases, LABELS, settings_for(20), project, cut_short)
+    Versions(project).rollback("somebody", AppConfig())
+    result = train(cases, LABELS, settings_for(2), project)
+    assert any("another model is in service" in remark for remark in result.remarks)
+    manifest = read_info(result.model).training
+    assert (manifest["parent"], manifest["steps"]) == ("v0001", 2)
 
 
 def test_a_resumed_training_keeps_the_statistics_of_norms(studies, monkeypatch):

@@ -7,12 +7,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from samadapt.data.volume import image_suffix
 from samadapt.errors import SamAdaptError
-from samadapt.files import write_json
+from samadapt.files import sha256_of, write_json
+from samadapt.model import read_info_if_readable
 from samadapt.project import Project
+from samadapt.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +24,19 @@ LOOK_SECONDS = 2.0
 RESUMES = 3
 """A training that was cut short (the machine went down, memory ran out) is taken up again so many times in a row."""
 
+RETRY_SECONDS = 60.0
+"""After a training that failed, the next look that may start one is so much later; twice as much with every failure in
+a row, and ``LONGEST_RETRY_SECONDS`` at most."""
+
+LONGEST_RETRY_SECONDS = 3600.0
+
 
 class AutoTrain:
     """Looks every few seconds whether a training is due, and starts it.
 
-    Due is one when ``every`` labels are newer than the last training's start, or when the last one was cut short by
-    something else than somebody who stopped it.
+    Due is one when ``every`` labels are others than those that the last training to end well noted, or when the last
+    one was cut short by something else than somebody who stopped it. Labels are told by their bytes, so that neither a
+    wrong clock nor the moment of a submission matters.
 
     Args:
         every: new labels that it takes; None: trainings start by hand alone.
@@ -49,9 +60,13 @@ class AutoTrain:
         self._running = running
         self._start = start
         self._file = project.root / "auto_train.json"
-        self._lock = threading.Lock()
-        self._last_start = 0.0
+        self._lock = threading.RLock()
+        self._hashed: dict[Path, tuple[tuple[int, int], str]] = {}
+        self._noted: tuple[list[str], dict[str, str]] = ([], {})
+        self._tried: float | None = None
         self._resumes = 0
+        self._failures = 0
+        self._not_before = 0.0
 
     def watch(self) -> None:
         """Begin to look; the thread ends with the process."""
@@ -64,25 +79,25 @@ class AutoTrain:
 
     def stopped_by_hand(self) -> None:
         """Somebody stopped the training; it is not taken up again before there are enough new labels."""
-        self._keep(stopped=time.time())
+        now = time.time()
+        self._keep(stopped=now, tried=now, seen=self._hashes())
 
     def state(self) -> dict[str, Any]:
         """For ``GET /info/``: new labels that it takes (None: never by itself), those that there are, and the pause."""
         return {"every": self._every, "new_labels": self.new_labels(), "paused": bool(self._kept().get("paused"))}
 
     def new_labels(self) -> int:
-        """Labels that no training has seen."""
-        since = max(float(self._project.status().get("started", 0.0)), self._last_start)
-        seen = self._kept().get("seen", {})
-        return sum(when > since and seen.get(name) != when for name, when in self._times().items())
-
-    def _times(self) -> dict[str, float]:
-        return {str(path): path.stat().st_mtime for path in self._labels() if path.is_file()}
+        """Labels that no training which ended well has seen."""
+        noted, seen = self._last_noted(), self._seen()
+        return sum(digest not in (noted.get(case), seen.get(case)) for case, digest in self._hashes().items())
 
     def look(self) -> bool:
         """Start a training if one is due; whether it did."""
         with self._lock:
             if self._every is None or self._kept().get("paused") or self._running():
+                return False
+            self._settle()
+            if time.time() < self._not_before:
                 return False
             if self.new_labels() >= self._every:
                 self._resumes = 0
@@ -90,11 +105,63 @@ class AutoTrain:
                 self._resumes += 1
             else:
                 return False
-            self._last_start = time.time()
-            # A file that a wrong clock has dated later than now would count as new for ever.
-            self._keep(seen={name: when for name, when in self._times().items() if when > self._last_start})
+            self._tried = time.time()
+            self._keep(tried=self._tried, seen=self._hashes())
             self._start()
             return True
+
+    def _settle(self) -> None:
+        """Find out what became of the training that was started last; after one that failed, wait."""
+        if self._tried is None:
+            return
+        failed = not self._began_since(self._tried) or self._project.status().get("state") == "failed"
+        self._tried = None
+        self._failures = self._failures + 1 if failed else 0
+        if failed:
+            wait = min(RETRY_SECONDS * 2 ** (self._failures - 1), LONGEST_RETRY_SECONDS)
+            self._not_before = time.time() + wait
+
+    def _began_since(self, when: float) -> bool:
+        return float(self._project.status().get("started", 0.0)) >= when
+
+    def _seen(self) -> dict[str, str]:
+        """Case -> SHA-256 of the labels that were there for the last training that was started or stopped here; none
+        where it failed. (A label without an image is in no training's record, and must not count for ever.)"""
+        kept = self._kept()
+        tried, seen = float(kept.get("tried", 0.0)), kept.get("seen")
+        stopped = float(kept.get("stopped", -1.0)) >= tried
+        went_on = self._began_since(tried) and self._project.status().get("state") != "failed"
+        return seen if isinstance(seen, dict) and (stopped or went_on) else {}
+
+    def _last_noted(self) -> dict[str, str]:
+        """Case -> SHA-256 of the labels that the last training to end noted with its model."""
+        names = Versions(self._project).names()
+        if names != self._noted[0]:
+            self._noted = names, self._read_noted(names)
+        return self._noted[1]
+
+    def _read_noted(self, names: list[str]) -> dict[str, str]:
+        for name in reversed(names):
+            info = read_info_if_readable(self._project.models / f"{name}.safetensors")
+            if info is not None and not info.training.get("preview"):
+                return dict(info.training.get("label_sha256") or {})
+        return {}
+
+    def _hashes(self) -> dict[str, str]:
+        """Case -> SHA-256 of its final label; only files that have changed are read."""
+        found = {}
+        for path in self._labels():
+            with suppress(FileNotFoundError):  # replaced by one of another file type
+                found[path.name.removesuffix(image_suffix(path.name) or "")] = self._hash(path)
+        return found
+
+    def _hash(self, path: Path) -> str:
+        stat = path.stat()
+        state = stat.st_mtime_ns, stat.st_size
+        known = self._hashed.get(path)
+        if known is None or known[0] != state:
+            known = self._hashed[path] = state, sha256_of(path)
+        return known[1]
 
     def _cut_short(self) -> bool:
         status = self._project.status()
@@ -120,4 +187,5 @@ class AutoTrain:
         return value if isinstance(value, dict) else {}
 
     def _keep(self, **changes: Any) -> None:
-        write_json(self._file, {**self._kept(), **changes})
+        with self._lock:
+            write_json(self._file, {**self._kept(), **changes})

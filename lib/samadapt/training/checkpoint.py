@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 from samadapt.files import atomic_path
 
+FILE = "checkpoint.safetensors"
+"""Its name in a training's folder."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 

@@ -19,6 +19,7 @@ from samadapt.data.slice_cache import SliceCache
 from samadapt.evaluation.intervals import DICE, Estimate, estimate
 from samadapt.evaluation.metrics import mean
 from samadapt.model import AdaptedModel
+from samadapt.training.ledger import group_of
 from samadapt.training.loop import Budget, frame_dice
 from samadapt.training.slices import PreparedCase, SliceSampler
 from samadapt.training.tokens import TokenSource
@@ -109,7 +110,7 @@ def make_folds(prepared: Sequence[PreparedCase], cases: Sequence[Case]) -> list[
     Returns:
         Two or three folds; none where there is nothing to divide: a single slice that shows a structure.
     """
-    patients = {case.id: case.patient or f"case {case.id}" for case in cases}
+    patients = {case.id: group_of(case) for case in cases}
     by_patient = len(set(patients.values())) > 1
     groups: dict[str, list[PreparedCase]] = {}
     for one in prepared:

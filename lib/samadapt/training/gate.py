@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,15 +15,16 @@ import numpy as np
 from samadapt import recipes
 from samadapt.config import AppConfig
 from samadapt.data.cases import Case
-from samadapt.data.labels import IGNORE, LabelMap
+from samadapt.data.labels import IGNORE, LabelMap, same_name
 from samadapt.data.slice_cache import SliceCache
 from samadapt.data.volume import Volume
 from samadapt.errors import InputError, WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.intervals import DICE, FEWEST, Estimate, estimate
-from samadapt.evaluation.metrics import dice
+from samadapt.evaluation.metrics import dice, mean
+from samadapt.files import sha256_of
 from samadapt.inference.examine import examine
-from samadapt.model import AdaptedModel, read_info_if_readable
+from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.slices import read_case
@@ -45,7 +46,8 @@ SMALLEST_LOSS = 0.05
 
 MUCH_WORSE = 0.2
 """Mean Dice of one structure, over the held-out cases in which it can be measured, that a candidate may lose where its
-mean over all structures is higher: what annotators rely on must not be given up for a better mean."""
+mean over all structures is higher: what annotators rely on must not be given up for a better mean, nor in small steps
+from version to version."""
 
 ROUNDING = 1e-9
 
@@ -75,7 +77,8 @@ def measure_cases(
 
     Returns:
         Dice of each of ``labels``, of which the model need not know all; NaN where a class is in neither mask, or where
-        nobody has looked for it. And the Dice that the model itself expected (``Examination.overlap``).
+        nobody has looked for it. And the Dice that the model itself expected (``Examination.overlap``); NaN for a case
+        of which a part is not labelled, since it is expected of the whole.
     """
     true, expected = {}, {}
     own = model.info.labels
@@ -83,7 +86,8 @@ def measure_cases(
         volume, truth, report = read_case(case, labels)
         mask, examination = examine(model, volume, cache=cache)
         true[case.id] = dice(_renumbered(mask, own, labels), truth, labels, report.unknown)
-        expected[case.id] = dict(zip(own.names, examination.overlap.tolist(), strict=True))
+        overlap = np.where((truth == IGNORE).any(), math.nan, examination.overlap)
+        expected[case.id] = dict(zip(own.names, overlap.tolist(), strict=True))
     return true, expected
 
 
@@ -150,11 +154,13 @@ class Measured:
         held_out: its Dice on the held-out cases.
         crossed: where nothing is held out.
         expected: the Dice on the held-out cases that it expected of itself.
+        shown: whether any held-out case shows a structure.
     """
 
     held_out: CaseDice
     crossed: CrossValidation | None = None
     expected: CaseDice = field(default_factory=dict)
+    shown: bool = True
 
 
 def judge(
@@ -167,11 +173,12 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the published model, on the same held-out cases.
 
-    The published one stays where its mean over the cases is higher, or one structure is found much better by it
-    (``MUCH_WORSE``). Compared are the candidate's classes; one that the published model does not know counts where a
-    case shows it. Where the published model's file cannot be used any more, the one before takes its place. Where
-    nothing is held out, the published one stays where its own cross-validation was clearly better, see
-    ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
+    The published one stays where its mean over the structures that both know is higher on the cases that show them, or
+    one structure was found much better (``MUCH_WORSE``) by it or by one before it. What the candidate alone knows never
+    makes up for that. Where the cases show only what the published model does not know, a person decides. Where the
+    published model's file cannot be used any more, the one before takes its place. Where nothing is held out, the
+    published one stays where its own cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be
+    compared, the candidate may answer.
 
     Args:
         measured: how well the candidate finds its classes.
@@ -187,70 +194,179 @@ def judge(
     if not rivals:
         return Verdict(True, "published: the first model", in_service)
     if not held_out:
-        return replace(_by_cross_validation(measured.crossed, labels, rivals), current=in_service)
+        nothing = "nothing is held out to compare on yet"
+        return replace(_by_cross_validation(measured.crossed, labels, rivals, nothing), current=in_service)
     for file in rivals:
         if (rival := _load_on_its_base(file, config)) is not None:
             other = measure_cases(rival, held_out, labels, cache)[0]
-            new = [name for name in labels.names if rival.info.labels.find(name) is None]
-            return replace(_by_held_out(measured.held_out, other, file.stem, new), current=in_service)
+            earlier = _noted_before(project, held_out, labels)
+            verdict = _by_held_out(measured.held_out, other, file.stem, rival.info.labels, earlier)
+            if verdict is None or (verdict.published and not measured.shown):
+                nothing = "the held-out cases show none of the structures"
+                verdict = _by_cross_validation(measured.crossed, labels, [file], nothing)
+            return replace(verdict, current=in_service)
     reason = f"published without a comparison: {rivals[0].stem} is damaged, or its base weights are not here any more"
     return Verdict(True, reason, in_service)
 
 
-def _by_held_out(own: CaseDice, other: CaseDice, current: str, new: Collection[str] = ()) -> Verdict:
-    """The verdict on figures of the same classes; ``new`` are those that the other model does not know."""
-    comparable = {
-        case: {name: score for name, score in scores.items() if name not in new or not math.isnan(other[case][name])}
+def _by_held_out(
+    own: CaseDice, other: CaseDice, current: str, known: LabelMap, earlier: Mapping[str, CaseDice]
+) -> Verdict | None:
+    """The verdict on figures of the candidate's classes.
+
+    Args:
+        own: the candidate's.
+        other: of the model that it is compared with, on the same cases.
+        current: the other's name.
+        known: what the other knows.
+        earlier: version -> what others before it had; see ``_noted_before``.
+
+    Returns:
+        None where the cases show none of the classes, and nothing was found there.
+    """
+    shown = _shown(own, other)
+    new = [name for name in _names(shown) if known.find(name) is None]
+    compared, alarms = (paired(_only(scores, known), other) for scores in (shown, own))
+    if new and not compared:
+        return _strangers(f"the held-out cases show {', '.join(new)}", current, known)
+    if not alarms:
+        return None
+    fell, lost = _fell(compared), _much_worse(own, {**earlier, current: other})
+    spurious = _fell(alarms) and not (fell or lost)
+    figures, record = _figures(alarms if spurious or not compared else compared, current)
+    if unknown := [name for name in _names(own) if known.find(name) is None]:
+        figures += f"; {current} does not know {_with_dice(unknown, shown)}"
+    if fell:
+        worse = f"; much worse: {lost}" if lost else ""
+        return Verdict(False, f"not published, it is worse: {figures}{worse}", current, record)
+    if lost:
+        return Verdict(False, f"not published, it finds a structure much worse: {lost}; {figures}", current, record)
+    if spurious:
+        what = "it finds more than before where there are none of the structures"
+        return Verdict(False, f"not published, {what}: {figures}", current, record)
+    return Verdict(True, f"published: {figures}", current, record) if compared else None
+
+
+def _shown(own: CaseDice, other: CaseDice) -> CaseDice:
+    """``own`` without what a case does not show: there a model that finds nothing has NaN.
+
+    (Where both find what is not shown, both have 0, which tells nothing and changes nothing.)
+    """
+    return {
+        case: {name: score for name, score in scores.items() if not math.isnan(score + other[case][name])}
         for case, scores in own.items()
     }
-    pairs = paired(comparable, other)
-    if not pairs:
-        reason = f"published without a comparison with {current}: the held-out cases show none of the structures"
-        return Verdict(True, reason, current)
+
+
+def _only(scores: CaseDice, known: LabelMap) -> CaseDice:
+    return {
+        case: {name: score for name, score in by_name.items() if known.find(name) is not None}
+        for case, by_name in scores.items()
+    }
+
+
+def _names(scores: CaseDice) -> list[str]:
+    return list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
+
+
+def _fell(pairs: Sequence[tuple[float, float]]) -> bool:
+    return bool(pairs) and float(np.mean([mine - its for mine, its in pairs])) < -ROUNDING
+
+
+def _figures(pairs: Sequence[tuple[float, float]], current: str) -> tuple[str, dict[str, Any]]:
+    """For people, and for programs."""
     after, before = (estimate(side, DICE) for side in zip(*pairs, strict=True))
     difference = estimate((mine - its for mine, its in pairs), (-1.0, 1.0))
-    figures = (
+    text = (
         f"held-out Dice {after.mean:.3f}, {current} has {before.mean:.3f} on the same {_cases(len(pairs))} "
         f"({_difference(difference)})"
     )
-    if new:
-        figures += f"; {current} does not know {', '.join(new)}"
-    record = {"held_out": {"candidate": asdict(after), "published": asdict(before), "difference": asdict(difference)}}
-    if difference.mean < -ROUNDING:
-        return Verdict(False, f"not published, it is worse: {figures}", current, record)
-    if lost := _much_worse(own, other):
-        return Verdict(False, f"not published, it finds {lost} much worse than {current}: {figures}", current, record)
-    return Verdict(True, f"published: {figures}", current, record)
+    return text, {
+        "held_out": {"candidate": asdict(after), "published": asdict(before), "difference": asdict(difference)}
+    }
 
 
-def _much_worse(own: CaseDice, other: CaseDice) -> str:
-    """The structures that lose more than ``MUCH_WORSE``, with both figures; empty where none does."""
+def _with_dice(names: Sequence[str], shown: CaseDice) -> str:
+    """The names, with the candidate's mean Dice where a case shows them."""
+    found = {name: [scores[name] for scores in shown.values() if name in scores] for name in names}
+    return ", ".join(f"{name} (Dice {mean(scores):.3f})" if scores else name for name, scores in found.items())
+
+
+def _strangers(what: str, current: str, known: LabelMap) -> Verdict:
+    """Names that the other model does not know are new structures, or mistyped; only a person can tell."""
+    reason = (
+        f"not published, it cannot be compared: {what}, which {current} does not know (it knows "
+        f"{', '.join(known.names)}); if these names are meant, `samadapt models promote` puts it in service"
+    )
+    return Verdict(False, reason, current)
+
+
+def _much_worse(own: CaseDice, rivals: Mapping[str, CaseDice]) -> str:
+    """The structures that lose more than ``MUCH_WORSE`` against the best of ``rivals`` (version -> figures), on the
+    cases that both were measured on, with both figures; empty where none does."""
     lost = []
-    for name in dict.fromkeys(name for scores in own.values() for name in scores):
-        both = np.array([(scores[name], other[case][name]) for case, scores in own.items()])
-        both = both[~np.isnan(both).any(axis=1)]
-        after, before = both.mean(axis=0) if len(both) else (0.0, 0.0)
-        if before - after > MUCH_WORSE:
-            lost.append(f"{name} ({before:.3f} before, {after:.3f} now)")
+    for name in _names(own):
+        losses = [(before - after, rival, before, after) for rival, before, after in _in_both(own, rivals, name)]
+        loss, rival, before, after = max(losses, default=(0.0, "", 0.0, 0.0))
+        if loss > MUCH_WORSE:
+            lost.append(f"{name} ({before:.3f} by {rival}, {after:.3f} now)")
     return ", ".join(lost)
 
 
-def _by_cross_validation(own: CrossValidation | None, labels: LabelMap, rivals: Sequence[Path]) -> Verdict:
-    unknown = "published: nothing is held out to compare on yet"
+def _in_both(own: CaseDice, rivals: Mapping[str, CaseDice], name: str) -> Iterator[tuple[str, float, float]]:
+    """Each rival with its mean Dice and the candidate's, over the cases in which both are defined."""
+    for rival, scores in rivals.items():
+        both = [(scores.get(case, {}).get(name, math.nan), by_name[name]) for case, by_name in own.items()]
+        both = [pair for pair in both if not math.isnan(sum(pair))]
+        if both:
+            before, after = np.mean(both, axis=0)
+            yield rival, float(before), float(after)
+
+
+def _noted_before(project: Project, held_out: Sequence[Case], labels: LabelMap) -> dict[str, CaseDice]:
+    """Version -> what it noted of those held-out cases whose labels are still the same, under the candidate's names."""
+    now = {case.id: sha256_of(case.label) for case in held_out if case.label}
+    found = {}
+    for file in Versions(project).since_promoted():
+        info = read_info_if_readable(file)
+        noted = info.training if info else {}
+        then, scores = noted.get("label_sha256") or {}, noted.get("held_out_by_case") or {}
+        found[file.stem] = _named(
+            {case: scores[case] for case in scores if case in now and now[case] == then.get(case)}, labels
+        )
+    return found
+
+
+def _named(noted: Mapping[str, Mapping[str, float | None]], labels: LabelMap) -> CaseDice:
+    """Figures of a manifest, in which NaN is null, under the names of ``labels``; NaN for those that it lacks."""
+    found: CaseDice = {}
+    for part, scores in noted.items():
+        own = {same_name(name): score for name, score in scores.items()}
+        values = {name: own.get(same_name(name)) for name in labels.names}
+        found[part] = {name: math.nan if value is None else float(value) for name, value in values.items()}
+    return found
+
+
+def _by_cross_validation(
+    own: CrossValidation | None, labels: LabelMap, rivals: Sequence[Path], nothing: str
+) -> Verdict:
+    """The verdict on cross-validated figures of what both know; ``nothing`` says why it takes these."""
+    unknown = f"published: {nothing}"
     readable = ((file.stem, info) for file in rivals if (info := read_info_if_readable(file)) is not None)
     current, info = next(readable, (rivals[0].stem, None))
     if info is None:
         return Verdict(True, f"{unknown}, and {current} is damaged", current)
-    if info.labels != labels:
-        return Verdict(True, f"{unknown}, and {current} knows other structures", current)
-    other = info.training.get("cross_validation") or {}
-    if own is None or other.get("dice") is None:
-        which = "this training" if own is None else current
+    shared = [name for name in labels.names if info.labels.find(name) is not None]
+    if not shared:
+        return _strangers(f"it knows {', '.join(labels.names)}", current, info.labels)
+    mine, its = _crossed_over(own, shared), _crossed_over(_noted_crossed(info), shared)
+    if mine is None or its is None:
+        which = "this training" if mine is None else current
         return Verdict(True, f"{unknown}, and {which} has no cross-validated figure", current)
-    same = (own.cases == 1) == (other["cases"] == 1)
+    same = (mine.cases == 1) == (its.cases == 1)
     margin = CLEARLY_WORSE if same else CLEARLY_WORSE_OF_ANOTHER_KIND
-    before, after = float(other["dice"]), own.dice
-    figures = f"{own}; {current} has {before:.3f}, {other['method']}"
+    before, after = its.dice, mine.dice
+    figures = f"{mine}; {current} has {before:.3f}, {its.method}"
     record = {"cross_validation": {"candidate": after, "published": before, "margin": margin}}
     if after < (1 - margin) * before and before - after > SMALLEST_LOSS:
         reason = (
@@ -261,6 +377,19 @@ def _by_cross_validation(own: CrossValidation | None, labels: LabelMap, rivals: 
     return Verdict(True, f"{unknown}, and it is not clearly worse: {figures}", current, record)
 
 
+def _noted_crossed(info: ModelInfo) -> CrossValidation | None:
+    noted = info.training.get("cross_validation")
+    return CrossValidation(noted["cases"], _named(noted["scores"], info.labels), noted["seconds"]) if noted else None
+
+
+def _crossed_over(crossed: CrossValidation | None, names: Sequence[str]) -> CrossValidation | None:
+    """The same over these structures alone; None where it has no figure of any."""
+    if crossed is None:
+        return None
+    found = replace(crossed, scores=_named(crossed.scores, LabelMap(tuple(names))))
+    return None if math.isnan(found.dice) else found
+
+
 def paired(own: CaseDice, other: CaseDice) -> list[tuple[float, float]]:
     """Two models' mean Dice on each case, over the same classes; cases without any are left out.
 
@@ -268,7 +397,7 @@ def paired(own: CaseDice, other: CaseDice) -> list[tuple[float, float]]:
     """
     pairs = []
     for case, scores in own.items():
-        both = np.array([(scores[name], other[case][name]) for name in scores])
+        both = np.array([(scores[name], other[case][name]) for name in scores]).reshape(-1, 2)
         both = both[~np.isnan(both).all(axis=1)]
         if len(both):
             mine, its = np.nan_to_num(both, nan=1.0).mean(axis=0)

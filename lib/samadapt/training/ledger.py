@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ _MEMBER = " / case "
 """Between a patient and one of its cases in the names of the file."""
 
 _IMAGE, _OF = "image ", " of case "
-"""Around the SHA-256 of a case's image file in the names of the file."""
+"""Around the SHA-256 of a case's image file, with its time and size, in the names of the file."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Assignment:
 class Ledger:
     """A JSON file ``{group: "train" | "held-out"}``; a group is a patient, or a case whose patient is unknown.
 
-    An image file that comes again under another name, renamed or copied, keeps its role: the file also names the
-    SHA-256 of every case's image. (Folders of DICOM files have none; their UIDs tell them.)
+    An image file that comes again under another name, renamed or copied, keeps its role, be it a name that was another
+    image's: the file also names the SHA-256 of every case's image. (Folders of DICOM files have none; their UIDs tell
+    them.)
 
     A case keeps its role also when its patient becomes known later, is named otherwise or is no longer known; the
     patient's other cases then share it. (If two cases of one patient had different roles by then, both keep them, and
@@ -65,19 +67,32 @@ class Ledger:
         self._roles: dict[str, str] = _read(path)
         self._remembered = dict(remembered or {})
         self.restored: list[str] = []
+        self._shows: Callable[[str], frozenset[str]] = lambda case_id: frozenset()
 
-    def split(self, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-        """Give every new group its role, in order of case id, and return (training cases, held-out cases)."""
-        before = len(self._roles)
+    def split(
+        self, cases: Sequence[Case], shows: Callable[[Case], Collection[str]] = lambda case: ()
+    ) -> tuple[list[Case], list[Case]]:
+        """Give every new group its role, in order of case id, and return (training cases, held-out cases).
+
+        Args:
+            cases: labelled ones.
+            shows: the structures that a case's label shows; called only for as many as a new group needs.
+        """
+        before = dict(self._roles)
+        self._shows = functools.cache(lambda case_id: frozenset(shows(by_id[case_id])))
+        by_id = {case.id: case for case in cases}
         self._restore(cases)
         ordered = sorted(cases, key=lambda case: case.id)
         for case in ordered:
             image = self._image_of(case)
+            role = self._role_of_image(image)
             if self._known(case.id) is None:
-                self._assign(case, self._role_of_image(image), ordered)
+                self._assign(case, role, ordered)
+            elif role is not None:
+                self._correct(case, role)
             if image is not None:
-                self._roles[f"{image}{_OF}{case.id}"] = str(self._known(case.id))
-        if len(self._roles) != before:
+                self._note(image, case)
+        if self._roles != before:
             write_json(self._path, self._roles)
         training = [case for case in cases if self._known(case.id) == TRAIN]
         return training, [case for case in cases if self._known(case.id) == HELD_OUT]
@@ -87,21 +102,43 @@ class Ledger:
         if role is not None:
             self._roles[f"case {case.id}"] = role
             return
-        group = f"patient {case.patient}" if case.patient else f"case {case.id}"
-        role = self._roles.setdefault(group, self._role_of_patient(case, cases) or self._draw(cases))
+        group = self._as_written(case)
+        role = self._roles.setdefault(group, self._role_of_patient(case, cases) or self._draw(case, cases))
         if case.patient:
             self._roles[f"{group}{_MEMBER}{case.id}"] = role
 
+    def _correct(self, case: Case, role: str) -> None:
+        """A file that is known by its bytes has come under a name that was another's: its own role counts."""
+        for name in self._roles:
+            if _case_of(name) == case.id:
+                self._roles[name] = role
+
+    def _as_written(self, case: Case) -> str:
+        """The name of a case's group; a patient's as the file has it, whatever its capitals are now."""
+        group = f"patient {case.patient}" if case.patient else f"case {case.id}"
+        known = (name for name in self._groups() if case.patient and name.casefold() == group.casefold())
+        return next(known, group)
+
     def _image_of(self, case: Case) -> str | None:
         """Its image file's SHA-256 as the file names it; None where that is noted already, or there is no such file."""
-        noted = any(name.startswith(_IMAGE) and name.endswith(f"{_OF}{case.id}") for name in self._roles)
-        return None if noted or not case.image.is_file() else f"{_IMAGE}{sha256_of(case.image)}"
+        if not case.image.is_file():
+            return None
+        noted = f"{_state(case.image)}{_OF}{case.id}"
+        if any(name.startswith(_IMAGE) and name.endswith(noted) for name in self._roles):
+            return None
+        return f"{_IMAGE}{sha256_of(case.image)}"
+
+    def _note(self, image: str, case: Case) -> None:
+        """Write down whose the image is, in place of what was written of an older state of the same file."""
+        for name in [n for n in self._roles if n.startswith(image) and n.endswith(f"{_OF}{case.id}")]:
+            del self._roles[name]
+        self._roles[f"{image}{_state(case.image)}{_OF}{case.id}"] = str(self._known(case.id))
 
     def _role_of_image(self, image: str | None) -> str | None:
         """What a case with the very same image was given; held out if any was."""
         if image is None:
             return None
-        roles = {role for name, role in self._roles.items() if name.startswith(f"{image}{_OF}")}
+        roles = {role for name, role in self._roles.items() if name.startswith(image)}
         return next((role for role in (HELD_OUT, TRAIN) if role in roles), None)
 
     def _groups(self) -> list[str]:
@@ -119,7 +156,7 @@ class Ledger:
     def nothing_held_out(self, cases: Sequence[Case]) -> bool:
         """Whether the labelled ones of ``cases`` are enough to hold some out, and yet all of them train."""
         labelled = [case for case in cases if case.label]
-        groups = {case.patient or f"case {case.id}" for case in labelled}
+        groups = {group_of(case) for case in labelled}
         return len(groups) >= HELD_OUT_EVERY and {self._known(case.id) for case in labelled} == {TRAIN}
 
     def _why(self, case: Case) -> str:
@@ -135,7 +172,7 @@ class Ledger:
         what = group if group.startswith("patient ") else "it"
         beside = f", with {others} more of the same patient" if others > 0 else ""
         regular = (number % HELD_OUT_EVERY == 0) == (role == HELD_OUT)
-        others_why = "restored, the same image as another, or no other was left to hold out"
+        others_why = "restored, the same image as another, or no other held-out case was left or showed its structures"
         rule = f"one in {HELD_OUT_EVERY} is held out" if regular else others_why
         return f"{what} is number {number}, {rule}{beside}"
 
@@ -153,15 +190,35 @@ class Ledger:
 
     def _role_of_patient(self, case: Case, cases: Sequence[Case]) -> str | None:
         """What the patient's other cases were given, as long as nobody knew that they are one patient's."""
-        others = {self._known(other.id) for other in cases if case.patient and other.patient == case.patient}
+        others = {self._known(other.id) for other in cases if case.patient and group_of(other) == group_of(case)}
         return next((role for role in (TRAIN, HELD_OUT) if role in others), None)
 
-    def _draw(self, cases: Sequence[Case]) -> str:
-        """Every fourth group is held out; and one at once where those that were have lost their labels."""
+    def _draw(self, case: Case, cases: Sequence[Case]) -> str:
+        """Every fourth group is held out; and one at once where those that were have lost their labels, or show less
+        than this one."""
         groups = len(self._groups())
-        present = {case.patient or f"case {case.id}": role for case in cases if (role := self._known(case.id))}
+        present = {group_of(one): role for one in cases if (role := self._known(one.id))}
         none_left = len(present) >= HELD_OUT_EVERY - 1 and HELD_OUT not in present.values()
-        return HELD_OUT if none_left or groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else TRAIN
+        regular = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return HELD_OUT if none_left or regular or self._shows_more(case, cases, list(present.values())) else TRAIN
+
+    def _shows_more(self, case: Case, cases: Sequence[Case], present: Sequence[str]) -> bool:
+        """Whether a new group shows what no held-out case shows. It must also be there to learn from, and no more than
+        half of the groups are held out for this."""
+        if HELD_OUT not in present or 2 * (present.count(HELD_OUT) + 1) > len(present) + 1:
+            return False
+        of = {role: [one.id for one in cases if self._known(one.id) == role] for role in (TRAIN, HELD_OUT)}
+        own = [one.id for one in cases if group_of(one) == group_of(case)]
+        learned, measured, shown = (self._shown(ids) for ids in (of[TRAIN], of[HELD_OUT], own))
+        return bool((shown & learned) - measured)
+
+    def _shown(self, case_ids: Iterable[str]) -> set[str]:
+        return set().union(*(self._shows(case_id) for case_id in case_ids))
+
+
+def group_of(case: Case) -> str:
+    """What is on one side as a whole, to be compared: the patient, whose capitals do not count, or the case alone."""
+    return f"patient {case.patient.casefold()}" if case.patient else f"case {case.id}"
 
 
 def roles_in(manifests: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -178,6 +235,12 @@ def _case_of(name: str) -> str | None:
     if _MEMBER in name:
         return name.split(_MEMBER, 1)[1]
     return name.removeprefix("case ") if name.startswith("case ") else None
+
+
+def _state(image: Path) -> str:
+    """Changes when the file is written anew, or another takes its name."""
+    state = image.stat()
+    return f" {state.st_mtime_ns} {state.st_size}"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -125,7 +125,7 @@ class Trainer:
         self._model = model
         self._held_out = held_out
         self._budget = budget
-        self._checkpoint = folder / "checkpoint.safetensors"
+        self._checkpoint = folder / checkpoint.FILE
         self._best = folder / "best.safetensors"
         self._fingerprint = fingerprint
         self._report = report

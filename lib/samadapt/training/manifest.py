@@ -109,6 +109,8 @@ def _who_answers(model: AdaptedModel, clicks: ClickScores | None) -> str:
     who = "this model" if model.info.answers_prompts else "the plain model"
     if clicks is None:
         return f"{who} answers clicks, as before: a preview is not measured"
+    if not clicks.objects:
+        return f"{who} answers clicks, as before: there was no object to click on"
     return (
         f"{who} answers clicks: Dice {clicks.adapted:.3f} after one click on {clicks.objects} objects, "
         f"by the plain model {clicks.plain:.3f}"

@@ -31,13 +31,14 @@ from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
 from samadapt.recipes import Recipe
 from samadapt.terminal import plain
-from samadapt.training import crossval, preview
+from samadapt.training import checkpoint, crossval, preview
 from samadapt.training.crossval import CrossValidation
 from samadapt.training.gate import ClickScores, Measured, Verdict, compare_clicks, judge, measure_cases
 from samadapt.training.ledger import Ledger, roles_in
 from samadapt.training.loop import ROUNDS, Budget, Progress, Trainer
 from samadapt.training.manifest import interval_of, manifest
-from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case
+from samadapt.training.slices import PreparedCase, few_slices, partly_labelled, prepare, read_case, shown_in
+from samadapt.training.snapshot import keep_labels
 from samadapt.training.synthetic import RANGES, SyntheticSlices
 from samadapt.versions import Versions
 
@@ -149,7 +150,8 @@ class _Training:
             raise StateError("no case is labelled yet", remedy="Submit at least one label, then train.")
         self._versions = Versions(project)
         ledger = Ledger(project.ledger, roles_in(self._versions.manifests()))
-        self._training, self._held_out = ledger.split(cases)
+        cases = keep_labels(cases, project.training / "labels")
+        self._training, self._held_out = ledger.split(cases, lambda case: shown_in(case, labels))
         self._restored = ledger.restored
         if not self._training:
             raise StateError(
@@ -163,6 +165,7 @@ class _Training:
         self._config = config
         self._project = project
         self._log = log
+        self._measurable = False
         self._cache = SliceCache(project.cache, config.cache_gib)
 
     def run(self) -> TrainResult:
@@ -173,24 +176,25 @@ class _Training:
         start = _starting_point(self._project, model)
         if start is not None:
             model.load_trained(start)
-        parent = start.stem if start else None
         prepared = self._prepare(model)
         learning, checking = self._shared_out(prepared, model.info.recipe.seed)
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
-        remarks = self._odd_about(prepared, synthetic)
+        self._measurable = any(case.slices_of for case in checking)
+        remarks = [*self._odd_about(prepared, synthetic), *self._unmeasured(learning, checking)]
         for remark in remarks:
             self._log.phase(remark)
         labelled = len(self._training) + len(self._held_out)
         budget = Budget(self._config.train_seconds(labelled), self._config.max_steps)
-        fingerprint = _fingerprint([*learning, *checking], model)
         folder = self._project.training
+        parent, fingerprint = self._begun_from(start, [*learning, *checking], model)
         trainer = Trainer(
             model, learning, checking, budget, folder, self._cache, fingerprint, self._log.step, synthetic=synthetic
         )
         if steps := trainer.given_up():
             remarks.append(
-                f"an unfinished training of {steps} steps is given up: its labels, recipe or settings were others"
+                f"an unfinished training of {steps} steps is given up: its labels, recipe or settings were others, or "
+                "another model is in service"
             )
             self._log.phase(remarks[-1])
         if self._wants_preview(model, budget) and not trainer.resumable():
@@ -216,6 +220,23 @@ class _Training:
         )
         return result
 
+    def _begun_from(
+        self, start: Path | None, slices: Sequence[PreparedCase], model: AdaptedModel
+    ) -> tuple[str | None, str]:
+        """The version that this training goes on from, and its fingerprint.
+
+        An unfinished training may have put its own preview in service since it began: what that went on from counts.
+        """
+        own = _fingerprint(slices, model, start)
+        unfinished = (checkpoint.peek(self._project.training / checkpoint.FILE) or {}).get("fingerprint")
+        made = read_info_if_readable(start) if start else None
+        if made is not None and made.training.get("preview") and unfinished != own:
+            before = made.training["parent"]
+            file = self._project.models / f"{before}.safetensors" if before else None
+            if unfinished == (earlier := _fingerprint(slices, model, file)):
+                return before, earlier
+        return start.stem if start else None, own
+
     def _shared_out(self, prepared: Sequence[PreparedCase], seed: int) -> tuple[list[PreparedCase], list[PreparedCase]]:
         """What is learned from, and the held-out cases, which need no second plane."""
         known = {case.id for case in self._training}
@@ -236,6 +257,17 @@ class _Training:
                 f"models' manifests say: {', '.join(self._restored)}"
             )
         return remarks
+
+    def _unmeasured(self, learning: Sequence[PreparedCase], checking: Sequence[PreparedCase]) -> list[str]:
+        """What is learned, but shown by no held-out case: nobody would see that it got worse."""
+        learned, shown = ({index for case in cases for index in case.slices_of} for cases in (learning, checking))
+        names = [name for index, name in enumerate(self._labels.names, start=1) if index in learned - shown]
+        if not names or not self._held_out:
+            return []
+        return [
+            f"no held-out case shows {', '.join(names)}, so models are not compared on it; the next new patient who "
+            "shows it is held out"
+        ]
 
     def _untrained(self, plan: Plan) -> AdaptedModel:
         config = self._config
@@ -261,7 +293,7 @@ class _Training:
     def _wants_preview(self, model: AdaptedModel, budget: Budget) -> bool:
         """A preview is for those who would wait long, for more than a head; where nothing is held out, it must not
         replace a better model."""
-        comparable = bool(self._held_out) or self._project.published() is None
+        comparable = self._measurable or self._project.published() is None
         return (
             comparable
             and model.learns_encoder
@@ -289,9 +321,7 @@ class _Training:
             self._log.phase("preview finds nothing yet, so it is not published")
             return
         # Whether it follows clicks is found out after the long training; until then nothing changes for clicks.
-        current = self._project.published()
-        before = read_info_if_readable(current) if current else None
-        model.describe(answers_prompts=before.answers_prompts if before else False)
+        model.describe(answers_prompts=self._answers_clicks_now())
         file, verdict = self._decide(model, done, parent, measured)
         if not verdict.published:
             file.unlink()
@@ -300,8 +330,9 @@ class _Training:
     def _cross_validate(
         self, plan: Plan, learning: Sequence[PreparedCase], budget: Budget, remarks: list[str]
     ) -> CrossValidation | None:
-        """Where nothing is held out, a figure all the same; a remark tells it, or why there is none."""
-        if self._held_out:
+        """Where nothing is held out that shows a structure, a figure all the same; a remark tells it, or why there is
+        none."""
+        if self._measurable:
             return None
         found, folds = None, crossval.make_folds(learning, self._training)
         if budget.seconds < crossval.WORTHWHILE:
@@ -313,7 +344,8 @@ class _Training:
                 folds, len(self._training), budget, self._cache, lambda *fold: self._fit_fold(plan, *fold)
             )
             why = "no structure is shown by more than one part"
-        remarks.append(str(found) if found else f"nothing is held out yet, and not cross-validated: {why}")
+        nothing = "the held-out cases show no structure" if self._held_out else "nothing is held out yet"
+        remarks.append(str(found) if found else f"{nothing}, and not cross-validated: {why}")
         self._log.phase(remarks[-1])
         return found
 
@@ -352,7 +384,8 @@ class _Training:
             self._config,
             lambda number, total: self._log.phase(f"clicking on object {number} of {total}"),
         )
-        model.describe(answers_prompts=model.takes_prompts and clicks.adapted >= clicks.plain)
+        follows = clicks.adapted >= clicks.plain if clicks.objects else self._answers_clicks_now()
+        model.describe(answers_prompts=model.takes_prompts and follows)
         candidate, verdict = self._decide(model, done, parent, measured, clicks)
         if not verdict.published:
             self._versions.refuse(candidate, verdict.reason, self._name)
@@ -371,9 +404,15 @@ class _Training:
             [*remarks, *missed],
         )
 
+    def _answers_clicks_now(self) -> bool:
+        """Whether the model in service does, and not the plain one."""
+        current = self._project.published()
+        info = read_info_if_readable(current) if current else None
+        return info is not None and info.answers_prompts
+
     def _measure(self, model: AdaptedModel, crossed: CrossValidation | None = None) -> Measured:
         true, expected = measure_cases(model, self._held_out, self._labels, self._cache)
-        return Measured(true, crossed, expected)
+        return Measured(true, crossed, expected, self._measurable)
 
     def _decide(
         self,
@@ -389,7 +428,7 @@ class _Training:
             record = manifest(
                 model, self._config, self._training, self._held_out, self._label_hashes, done, measured, verdict, clicks
             )
-            model.describe(training={**record, "name": self._name, "parent": parent})
+            model.describe(training={**record, "name": self._name, "parent": parent, "preview": clicks is None})
             file = self._project.next_model()
             model.save(file)
             if not verdict.published or self._versions.publish(file, verdict.reason, self._name, verdict.current):
@@ -488,10 +527,12 @@ def _synthetic(training: Sequence[PreparedCase], recipe: Recipe) -> SyntheticSli
     return SyntheticSlices(training, recipe.seed, ranges=ranges, share=recipe.synthetic_share) if ranges else None
 
 
-def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel) -> str:
-    """Changes with the slices and the model, so that only the same training is resumed; its budget may change."""
+def _fingerprint(prepared: Sequence[PreparedCase], model: AdaptedModel, start: Path | None) -> str:
+    """Changes with the slices, the model, and the version that it goes on from, so that only the same training is
+    resumed, and not one from a version that is no longer in service; its budget may change."""
     info = dataclasses.replace(model.info, trained=False, training={}, answers_prompts=True)
-    parts = [[case.key for case in prepared], info.to_json()]
+    begun_from = [start.name, sha256_of(start) if start.is_file() else None] if start else None
+    parts = [[case.key for case in prepared], info.to_json(), begun_from]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

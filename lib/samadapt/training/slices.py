@@ -44,12 +44,21 @@ def read_case(case: Case, labels: LabelMap) -> tuple[Volume, np.ndarray, RemapRe
     if case.label is None:
         raise InputError("the case has no label", where=case.id)
     volume = read_volume(case.image)
-    label = read_label(case.label, volume.geometry)
     try:
+        label = read_label(case.label, volume.geometry)
         mask, report = remap_covered(label, case.values, labels, case.coverage, volume.geometry.acquisition_axis)
     except InputError as error:
         raise InputError(error.what, where=f"label of {case.id}", remedy=error.remedy) from error
     return volume, mask, report
+
+
+def shown_in(case: Case, labels: LabelMap) -> set[str]:
+    """Names of the classes that a case's label shows; none where it cannot be read, which its training will tell."""
+    try:
+        mask = read_case(case, labels)[1]
+    except InputError:
+        return set()
+    return {labels.names[index - 1] for index in np.unique(mask).tolist() if 0 < index <= len(labels)}
 
 
 @dataclass(frozen=True, eq=False)
