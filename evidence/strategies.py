@@ -51,6 +51,11 @@ def against(curves: Mapping[str, Mapping[int, Curve]], one: str, other: str, sha
     return f"{duel.difference:+.3f} ({duel.wins} : {duel.losses}, p {figure(duel.p_value, 2)})"
 
 
+def scatter(areas: Mapping[int, float]) -> str:
+    """The standard deviation over seeds; nothing where there is one alone."""
+    return f" ± {np.std(list(areas.values()), ddof=1):.3f}" if len(areas) > 1 else ""
+
+
 def summary(found: Mapping[str, list[dict[str, Any]]]) -> None:
     """One row for each strategy: area on each set with its standard deviation over seeds, and the mean of all sets."""
     areas = {name: areas_of(runs)[DECIDING] for name, runs in found.items()}
@@ -60,7 +65,7 @@ def summary(found: Mapping[str, list[dict[str, Any]]]) -> None:
     print(f"| strategy | {' | '.join(SETS[name] for name in means)} | mean |")
     print(f"| --- |{' ---: |' * (len(means) + 1)}")
     for key in sorted(strategies, key=lambda key: -overall[key]):
-        cells = [f"{means[name][key]:.3f} ± {np.std(list(areas[name][key].values()), ddof=1):.3f}" for name in means]
+        cells = [f"{means[name][key]:.3f}{scatter(areas[name][key])}" for name in means]
         print(f"| `{key}` | {' | '.join(cells)} | {overall[key]:.3f} |")
     for name, runs in found.items():
         curves, share = curves_of(runs, DECIDING), largest_test_share(runs)
