@@ -9,7 +9,6 @@ asks about one rival alone.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,15 +90,10 @@ def picture(found: Mapping[str, list[dict[str, Any]]]) -> None:
     """Dice over labelled slices: ours and the two rivals in colour, the others behind them."""
     chart = Figure(figsize=(4 * len(found), 3.6), layout="constrained")
     for panel, (name, runs) in zip(chart.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        by_arm: dict[str, list[dict[str, Any]]] = {}
-        for run in runs:
-            by_arm.setdefault(run["settings"]["strategy"], []).append(run)
-        for key in sorted(by_arm, key=lambda key: key in COLOURS):
-            spent, dice = (
-                [[math.nan if done[what] is None else done[what] for done in run["rounds"]] for run in by_arm[key]]
-                for what in (DECIDING, "dice")
-            )
-            x, means = mean_curve(spent, dice)
+        curves = curves_of(runs, DECIDING)
+        for key in sorted(curves, key=lambda key: key in COLOURS):
+            own = curves[key].values()
+            x, means = mean_curve([curve.budget for curve in own], [curve.dice for curve in own])
             style = {"color": COLOURS[key], "label": key} if key in COLOURS else {"color": "0.8", "linewidth": 1}
             panel.plot(x, [one.mean for one in means], marker="o", markersize=3, **style)
             if key in COLOURS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -62,3 +63,19 @@ def sha256_of(path: str | Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Time in nanoseconds and size of a file: others when it is written anew, or another file takes its name."""
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+def known_sha256(path: Path) -> str:
+    """``sha256_of`` a file that is asked for again and again: it is read only when its state has changed."""
+    return _sha256_in(state_of(path), path)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _sha256_in(state: tuple[int, int], path: Path) -> str:
+    return sha256_of(path)

@@ -191,7 +191,7 @@ def test_labels_that_a_training_by_hand_has_learned_are_not_new(played, tiny_bac
 
 def test_a_label_is_read_again_only_if_it_has_changed(played, monkeypatch):
     read = []
-    monkeypatch.setattr("samadapt.server.auto_train.sha256_of", lambda path: read.append(path) or sha256_of(path))
+    monkeypatch.setattr("samadapt.files.sha256_of", lambda path: read.append(path) or sha256_of(path))
     watching = auto(played)
     played.submit(2)
     for _ in range(3):

@@ -13,7 +13,7 @@ from typing import Any
 
 from samadapt.data.volume import image_suffix
 from samadapt.errors import SamAdaptError
-from samadapt.files import sha256_of, write_json
+from samadapt.files import known_sha256, write_json
 from samadapt.model import read_info_if_readable
 from samadapt.project import Project
 from samadapt.versions import Versions
@@ -61,7 +61,6 @@ class AutoTrain:
         self._start = start
         self._file = project.root / "auto_train.json"
         self._lock = threading.RLock()
-        self._hashed: dict[Path, tuple[tuple[int, int], str]] = {}
         self._noted: tuple[list[str], dict[str, str]] = ([], {})
         self._tried: float | None = None
         self._resumes = 0
@@ -152,16 +151,8 @@ class AutoTrain:
         found = {}
         for path in self._labels():
             with suppress(FileNotFoundError):  # replaced by one of another file type
-                found[path.name.removesuffix(image_suffix(path.name) or "")] = self._hash(path)
+                found[path.name.removesuffix(image_suffix(path.name) or "")] = known_sha256(path)
         return found
-
-    def _hash(self, path: Path) -> str:
-        stat = path.stat()
-        state = stat.st_mtime_ns, stat.st_size
-        known = self._hashed.get(path)
-        if known is None or known[0] != state:
-            known = self._hashed[path] = state, sha256_of(path)
-        return known[1]
 
     def _cut_short(self) -> bool:
         status = self._project.status()

@@ -7,7 +7,6 @@ replaced atomically, and instead of a watcher the folder is looked at when someb
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import json
@@ -33,7 +32,7 @@ from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, check_name
 from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, NotFoundError, StateError
-from samadapt.files import atomic_path, sha256_of, write_json
+from samadapt.files import atomic_path, known_sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,18 +160,10 @@ def _check_people(info: dict[str, Any]) -> None:
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def _digest(path: Path, modified: int, size: int) -> str:
-    """Of a file's bytes; ``modified`` and ``size`` are there to make a changed file another entry."""
-    return sha256_of(path)
-
-
 def _version_name(file: Path, info: dict[str, Any]) -> str:
     """A label's name among all that its image ever had; it keeps it when another label takes its place."""
     moment = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(float(info.get("ts", 0))))
-    state = file.stat()
-    content = _digest(file, state.st_mtime_ns, state.st_size)
-    made = json.dumps([content, info.get("client_id"), info.get("author")])
+    made = json.dumps([known_sha256(file), info.get("client_id"), info.get("author")])
     return f"{moment}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from samadapt.data.cases import Case
 from samadapt.errors import InputError
-from samadapt.files import sha256_of, write_json
+from samadapt.files import sha256_of, state_of, write_json
 
 HELD_OUT_EVERY = 4
 """Every fourth patient is held out; with fewer than four labelled ones all of them train."""
@@ -209,8 +209,8 @@ class Ledger:
             return False
         of = {role: [one.id for one in cases if self._known(one.id) == role] for role in (TRAIN, HELD_OUT)}
         own = [one.id for one in cases if group_of(one) == group_of(case)]
-        learned, measured, shown = (self._shown(ids) for ids in (of[TRAIN], of[HELD_OUT], own))
-        return bool((shown & learned) - measured)
+        missing = self._shown(own) - self._shown(of[HELD_OUT])
+        return bool(missing) and bool(missing & self._shown(of[TRAIN]))  # most of the labels to read are those
 
     def _shown(self, case_ids: Iterable[str]) -> set[str]:
         return set().union(*(self._shows(case_id) for case_id in case_ids))
@@ -238,9 +238,9 @@ def _case_of(name: str) -> str | None:
 
 
 def _state(image: Path) -> str:
-    """Changes when the file is written anew, or another takes its name."""
-    state = image.stat()
-    return f" {state.st_mtime_ns} {state.st_size}"
+    """``state_of`` it, as the file names it."""
+    modified, size = state_of(image)
+    return f" {modified} {size}"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from samadapt.data.cases import Case
 from samadapt.data.volume import image_suffix
 from samadapt.errors import StateError
-from samadapt.files import atomic_path
+from samadapt.files import atomic_path, state_of
 
 
 def keep_labels(cases: Sequence[Case], folder: Path) -> list[Case]:
@@ -36,7 +36,7 @@ def _kept(case: Case, folder: Path) -> Case:
     assert case.label is not None
     copy = folder / f"{case.id}{image_suffix(case.label.name) or case.label.suffix}"
     try:
-        if not copy.is_file() or _state(copy) != _state(case.label):
+        if not copy.is_file() or state_of(copy) != state_of(case.label):
             with atomic_path(copy) as temporary:
                 shutil.copy2(case.label, temporary)  # with its time: prepared slices are known by it
     except FileNotFoundError:
@@ -44,8 +44,3 @@ def _kept(case: Case, folder: Path) -> Case:
             f"the label of {case.id} was replaced just as the training began", where=case.label, remedy="Train again."
         ) from None
     return replace(case, label=copy)
-
-
-def _state(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_mtime_ns, state.st_size
