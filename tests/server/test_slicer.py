@@ -129,8 +129,10 @@ class Slicer:
             return None
         stats = next(iter(self.connect()["train_stats"].values()))
         assert 0 <= stats.get("best_metric", 0) <= 1
-        current = 0 if stats.get("total_time") else stats.get("epoch", 1)
-        return max(1.0, 100 * current / stats.get("total_epochs", 1))
+        if stats.get("total_time"):  # only where the training has ended between the two requests
+            assert self.ask("GET", "/train/").json()["status"] != "RUNNING"
+            return None
+        return max(1.0, 100 * stats.get("epoch", 1) / stats.get("total_epochs", 1))
 
 
 def name_of(part, key="name"):
