@@ -165,6 +165,7 @@ class SamAdaptApp(MONAILabelApp):
         image = known
         if not uploaded:
             self.ahead.first(image)
+            self.outlook.leases.renew(image, request.get("client_id"))
         label = file
         if flag(request, "save_label", default=False) and not uploaded:
             named = [{"name": name, "idx": index} for name, index in params["label_names"].items()]

@@ -84,6 +84,18 @@ def test_a_lease_ends_by_itself_or_with_the_label(held, clock):
     assert held.first_end() is None
 
 
+@pytest.mark.parametrize(("who", "renewed"), [("ann", True), (None, True), ("bob", False)])
+def test_work_on_a_case_keeps_it(held, clock, who, renewed):
+    held.take("a", "ann")
+    clock[0] += 50
+    held.renew("a", who)
+    held.renew("b", "ann")
+    clock[0] += 50
+    assert held.held() == ({"a"} if renewed else set())
+    if renewed:
+        assert held.free(["a"], "bob") == []
+
+
 def test_a_restart_keeps_them(held, tmp_path):
     held.take("a", "ann")
     assert Leases(tmp_path / "leases.json", seconds=60).free(CASES, "bob") == ["b", "c"]

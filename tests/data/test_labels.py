@@ -16,6 +16,7 @@ from samadapt.data.labels import (
     IGNORED_NAMES,
     LabelMap,
     class_names,
+    draw_the_same,
     remap,
     resize_label,
     same_name,
@@ -389,3 +390,21 @@ def test_enlarging_and_back_is_exact(mask, factor):
 def test_impossible_sizes(size):
     with pytest.raises(InputError, match="cannot be resized"):
         resize_label(np.zeros((4, 4), int), size)
+
+
+# Two labels of one image
+
+
+@given(arrays(np.uint8, (3, 4, 2), elements=st.integers(0, 4)), st.permutations([1, 2, 3, 4]), name_lists)
+def test_labels_draw_the_same_whatever_their_values(mask, order, called):
+    called = [*called, *(f"other {n}" for n in range(4))]
+    names = dict(zip([1, 2, 3, 4], called, strict=False))
+    other_names = {value: names[n].upper() for n, value in enumerate(order, start=1)}
+    other = np.array([0, *order], np.uint16)[mask]
+    assert draw_the_same(mask, names, other, other_names)
+    assert draw_the_same(mask, {}, mask.astype(np.int64), {})
+    changed = other.copy()
+    changed[1, 1, 1] = order[0] if changed[1, 1, 1] != order[0] else 0
+    assert not draw_the_same(mask, names, changed, other_names)
+    if mask.any():
+        assert not draw_the_same(mask, names, other, {**other_names, other.max(): "renamed"})

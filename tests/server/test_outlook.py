@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +15,7 @@ import pytest
 
 from samadapt import recipes
 from samadapt.activelearning.registry import NAMES, strategy
-from samadapt.activelearning.strategy import Candidate
+from samadapt.activelearning.strategy import Candidate, Pool
 from samadapt.config import AppConfig
 from samadapt.data.volume import read_volume
 from samadapt.inference.examine import examine
@@ -280,6 +282,30 @@ def test_revisit_proposes_labelled_cases(outlook, store, serving, tmp_path):
     serving.train()
     outlook.look("case_3", lambda: None)
     assert outlook.propose(strategy("revisit"), "ann")["id"] == "case_3"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_label_that_somebody_was_asked_to_check_and_left_as_it_was_comes_last(asked, outlook, store, tmp_path):
+    for image in ("case_2", "case_3"):
+        label(store, tmp_path, image)
+    if asked:
+        store.update_image_info("case_3", {"strategy": {"revisit": {"ts": time.time(), "client_id": "ann"}}})
+    swapped = nib.load(tmp_path / "labels" / "final" / "case_3.nii.gz")
+    other_order = np.array([0, 2, 1], np.uint8)[np.asarray(swapped.dataobj).astype(int)]
+    nib.save(nib.Nifti1Image(other_order, swapped.affine), tmp_path / "again.nii.gz")
+    info = {"label_info": [{"name": name.upper(), "idx": n} for n, name in enumerate(LABELS[::-1], start=1)]}
+    store.save_label("case_3", str(tmp_path / "again.nii.gz"), "final", info)
+    assert store.is_confirmed("case_3") == asked
+    assert any("checked" in remark for remark in store.last_saved.remarks) == asked
+    pool = [replace(outlook._candidate(image), label_dice=dice) for image, dice in (("case_2", 0.9), ("case_3", 0.1))]
+    ranking = strategy("revisit").rank(Pool([], pool), 2)
+    assert [one.id for one in ranking] == (["case_2", "case_3"] if asked else ["case_3", "case_2"])
+    assert ("checked" in ranking[-1].reason) == asked
+
+    other_order[0, 0, 0] = (other_order[0, 0, 0] + 1) % 3
+    nib.save(nib.Nifti1Image(other_order, swapped.affine), tmp_path / "again.nii.gz")
+    store.save_label("case_3", str(tmp_path / "again.nii.gz"), "final", info)
+    assert not store.is_confirmed("case_3")
 
 
 @pytest.mark.parametrize("said", ["in the label", "in the settings"])

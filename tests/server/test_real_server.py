@@ -87,6 +87,25 @@ def test_a_sample_is_unlabelled_says_why_and_is_nobody_else_s(tmp_path):
         server.stop()
 
 
+def test_who_clicks_on_an_image_keeps_it(tmp_path):
+    studies = make_volumes(tmp_path / "studies", 2)
+    image, other = sorted(path.name.removesuffix(".nii.gz") for path in studies.glob("*.nii.gz"))
+    file = studies / ".samadapt" / "leases.json"
+    file.parent.mkdir()
+    given = time.time() - 600
+    file.write_text(json.dumps({name: {"client": "ann", "since": given} for name in (image, other)}))
+    server = Server(studies).start()
+    try:
+        MONAILabelClient(server.url, tmpdir=str(tmp_path), client_id="ann").infer(
+            "samadapt_click", image, {"foreground": [[10, 10, 5]]}
+        )
+        since = {name: lease["since"] for name, lease in json.loads(file.read_text()).items()}
+        assert since[image] > given
+        assert since[other] == given
+    finally:
+        server.stop()
+
+
 def test_who_asks_on_without_a_name_goes_round_and_blocks_nobody(tmp_path):
     """OHIF's panel sends an empty body."""
     server = Server(make_volumes(tmp_path / "studies", 3)).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from samadapt.errors import InputError
 from samadapt.files import write_json
 
 _SOMEBODY = "somebody at "
+
+_RENEWED_AFTER_S = 30.0
+"""Work on a case comes as many clicks; not each is written down."""
 
 
 def somebody_at(address: str) -> str:
@@ -48,6 +52,7 @@ class Leases:
         self._path = path
         self._seconds = seconds
         self._held = _read(path)
+        self._changing = threading.Lock()
 
     def free(self, cases: Collection[str], client: str | None) -> list[str]:
         """Those of ``cases`` that ``client`` may be given, the best first.
@@ -65,13 +70,26 @@ class Leases:
 
     def take(self, case: str, client: str | None) -> None:
         """``client`` has been given ``case``, now."""
-        self._held = {**self._current(), case: Lease(client, time.time())}
-        self._write()
+        with self._changing:
+            self._held = {**self._current(), case: Lease(client, time.time())}
+            self._write()
+
+    def renew(self, case: str, client: str | None) -> None:
+        """Somebody works on ``case``: if it is theirs, it is from now on.
+
+        Args:
+            case: its id.
+            client: who; None where that is unknown, which is taken for whoever has the case.
+        """
+        lease = self._current().get(case)
+        if lease and client in (None, lease.client) and time.time() - lease.since > _RENEWED_AFTER_S:
+            self.take(case, lease.client)
 
     def end(self, case: str) -> None:
         """The case has its label, or nobody wants it any more."""
-        if self._held.pop(case, None):
-            self._write()
+        with self._changing:
+            if self._held.pop(case, None):
+                self._write()
 
     def held(self) -> set[str]:
         """The cases that somebody has."""

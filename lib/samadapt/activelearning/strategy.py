@@ -27,6 +27,7 @@ class Candidate:
             suspected pixels); None where there are none.
         disagreement: 0..1, 1 - Dice between the model's two heads; None where not computed.
         label_dice: for a labelled case, Dice of label and the model's mask; None where not computed.
+        confirmed: whether somebody has checked its label and left it as it is.
         proposed: when it was proposed last (seconds since the epoch); 0: never.
     """
 
@@ -38,6 +39,7 @@ class Candidate:
     spread: np.ndarray | None = None
     disagreement: float | None = None
     label_dice: float | None = None
+    confirmed: bool = False
     proposed: float = 0.0
 
 

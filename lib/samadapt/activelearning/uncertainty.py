@@ -100,7 +100,7 @@ class Disagreement(ByScore):
 class Revisit(ByScore):
     """Labelled cases by 1 - Dice of label and model: what disagrees most is a label error, or a case to learn from.
 
-    The only strategy that proposes cases that have a label.
+    The only strategy that proposes cases that have a label. Those whose label somebody has confirmed come last.
     """
 
     name = "revisit"
@@ -113,9 +113,13 @@ class Revisit(ByScore):
 
     def score(self, case: Candidate) -> float | None:
         value = case.label_dice
+        if case.confirmed:
+            return 0.0
         return None if value is None or np.isnan(value) else max(0.0, 1 - value)
 
     def reason(self, case: Candidate, score: float) -> str:
+        if case.confirmed:
+            return "Its label was checked and submitted again as it is; nobody has to look once more."
         return f"Its label and the model's mask agree at Dice {1 - score:.2f}; check whether the label is right."
 
     def unknown(self) -> str:

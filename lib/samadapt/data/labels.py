@@ -339,6 +339,23 @@ def _sum_by_name(extra: Mapping[int, str], counts: Mapping[int, int]) -> dict[st
     return dict(total)
 
 
+def draw_the_same(one: np.ndarray, names: Mapping[int, str], other: np.ndarray, other_names: Mapping[int, str]) -> bool:
+    """Whether two labels of one image mark the same voxels with the same names, whatever values stand for these.
+
+    Args:
+        one, other: (I,J,K) values, 0 where nothing is marked.
+        names, other_names: value -> name; a value without one is known by itself.
+    """
+    known: dict[str, int] = {}
+
+    def numbered(mask: np.ndarray, called: Mapping[int, str]) -> np.ndarray:
+        values = np.array(sorted(values_in(mask) | {0}))
+        keys = ["" if value == 0 else same_name(called.get(value, f"label {value}")) for value in values.tolist()]
+        return np.array([known.setdefault(key, len(known)) for key in keys])[np.searchsorted(values, mask)]
+
+    return np.array_equal(numbered(one, names), numbered(other, other_names))
+
+
 def values_in(mask: np.ndarray) -> set[int]:
     """The values that a label holds."""
     if mask.size and mask.max() < 65536:

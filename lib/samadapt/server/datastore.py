@@ -29,7 +29,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, check_nameless, labelled_slices
-from samadapt.data.labels import IGNORE, LabelMap, values_from_label_info, values_in
+from samadapt.data.labels import IGNORE, LabelMap, draw_the_same, values_from_label_info, values_in
 from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, NotFoundError, StateError
 from samadapt.files import atomic_path, known_sha256, write_json
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg")
 _ENDINGS = tuple(pattern[1:] for pattern in EXTENSIONS)
 RAW = (".bin", ".bin.gz")
-BASED_ON, DRAWN = "based_on", "drawn"
-"""Of a label's ``info``: the version that its annotator began with (None: no label); the values that it shows."""
+BASED_ON, DRAWN, CONFIRMED = "based_on", "drawn", "confirmed"
+"""Of a label's ``info``: the version that its annotator began with (None: no label); the values that it shows; whether
+it was the same before somebody was asked to check it."""
 
 _LONGEST_NAME = 64
 _ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
@@ -313,6 +314,10 @@ class SafeDatastore(LocalDatastore):
         path = LocalDatastore.get_label_uri(self, image_id, DefaultLabelTag.FINAL)
         return Path(path) if path else None
 
+    def is_confirmed(self, image_id: str) -> bool:
+        """Whether somebody was asked to check an image's final label, and submitted it as it was."""
+        return bool(LocalDatastore.get_label_info(self, image_id, DefaultLabelTag.FINAL).get(CONFIRMED))
+
     def last_proposed(self, image_id: str) -> float:
         """When an image was proposed last, in seconds since the epoch; 0: never."""
         entry = self._datastore.objects.get(image_id)
@@ -462,9 +467,26 @@ class SafeDatastore(LocalDatastore):
             self._init_from_datastore_file()
             if tag == DefaultLabelTag.FINAL and BASED_ON in info:
                 self._check_base(image_id, info[BASED_ON])
+            info[CONFIRMED] = tag == DefaultLabelTag.FINAL and self._confirms(image_id, mask, info)
+            if info[CONFIRMED]:
+                self._remark("nothing was changed, so the label counts as checked")
             self._write_label(image_id, file, tag, info)
             if tag == DefaultLabelTag.FINAL and (stored := self._served(image_id)) is not None:
                 self._saved.submission = self.last_saved._replace(version=stored.name)
+
+    def _confirms(self, image_id: str, mask: np.ndarray, info: dict[str, Any]) -> bool:
+        """Whether the label that counts draws the same, and the image was proposed since then.
+
+        Only labelled images are proposed for their label. Who merely submits twice has not looked twice.
+        """
+        latest = self._served(image_id)
+        if latest is None or self.last_proposed(image_id) < float(latest.info.get("ts", 0)):
+            return False
+        names, former = (values_from_label_info(one.get("label_info") or []) for one in (info, latest.info))
+        try:
+            return draw_the_same(mask, names, self.version_mask(image_id, latest)[0], former)
+        except InputError:  # another image has taken the place of the one that it was drawn on
+            return False
 
     def _check_base(self, image_id: str, base: Any) -> None:
         """Refuse to replace a label that its annotator does not know of."""

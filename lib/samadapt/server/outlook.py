@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,8 @@ class Outlook:
         version = self._models.version()
         proposed = self._datastore().last_proposed(image)
         label = self._datastore().local_label(image)
-        return self._survey.candidate(image, path, None if version == PLAIN else version, proposed, label)
+        known = self._survey.candidate(image, path, None if version == PLAIN else version, proposed, label)
+        return replace(known, confirmed=self._datastore().is_confirmed(image))
 
     def _labelled_case(self, image: str) -> Case | None:
         """The image with its final label, None where it has none."""
