@@ -7,7 +7,7 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -22,6 +22,7 @@ from samadapt.project import Project
 from samadapt.server.labels import LabelSource
 from samadapt.terminal import plain
 from samadapt.training import train
+from samadapt.training.cores import SpareCores
 from samadapt.training.loop import ROUNDS
 from samadapt.versions import Versions
 
@@ -34,6 +35,8 @@ names the version, as a viewer keeps an option: "one back" would go back again w
 
 NICENESS = 10
 """Whoever waits for an answer of the server gets the processor before the training."""
+
+Report = Callable[[dict[str, Any]], None]
 
 _FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
 
@@ -131,10 +134,12 @@ class TrainSamAdapt(TrainTask):
             return dict(plain(done.summary()))
         labels = self._labels.current()
         assert labels is not None
+        report = _print_news()
         if threading.current_thread() is threading.main_thread():  # else this is the server itself (``run_sync``)
             os.nice(NICENESS)
+            report = _on_spare_cores(report)
         datastore.datalist()  # over DICOMweb this fetches the labels that others have stored
-        result = train(find_cases(self._project.root.parent), labels, config, self._project, _print_news())
+        result = train(find_cases(self._project.root.parent), labels, config, self._project, report)
         print("\n".join([result.reason, *result.remarks]), flush=True)
         return {**plain(result), "model": result.model.stem}
 
@@ -169,7 +174,18 @@ def _about_to_start(status: Mapping[str, Any]) -> bool:
     return bool(status.get("started", 0) < since)
 
 
-def _print_news() -> Any:
+def _on_spare_cores(report: Report) -> Report:
+    """The same callback, which also leaves other programs their cores."""
+    cores = SpareCores()
+
+    def adjusted(record: dict[str, Any]) -> None:
+        cores.adjust()
+        report(record)
+
+    return adjusted
+
+
+def _print_news() -> Report:
     """A progress callback that prints each message once, and ends this process when the server is gone."""
     last, server = "", os.getppid()
 
