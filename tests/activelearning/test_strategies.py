@@ -72,6 +72,7 @@ def candidates(draw, prefix):
                 disagreement=rng.choice([0.3, np.nan]) if "heads" in known else None,
                 label_dice=rng.choice([0.3, 0.9, np.nan]) if "dice" in known else None,
                 proposed=draw(st.sampled_from([0.0, 5.0])),
+                patient=draw(st.sampled_from([None, "p0", "p1", "p2"])),
             )
         )
     return found
@@ -337,6 +338,22 @@ def examined_pool(unlabelled, labelled, examined):
         for n, case in enumerate(cases)
     ]
     return Pool(known, around(CLUSTERS[1], labelled, "l"), CLASSES)
+
+
+@settings(deadline=None)
+@given(candidates("u"), candidates("l"), candidates("e"), st.integers(1, 9))
+def test_auto_asks_for_new_patients_first(unlabelled, labelled, leased, count):
+    """Images of one patient teach nearly the same."""
+    by_id = {case.id: case for case in unlabelled}
+    chosen = Counter(case.patient or case.id for case in [*labelled, *leased])
+    waiting = set(by_id)
+    ranked = ids(strategy("auto").rank(Pool(unlabelled, labelled, CLASSES, leased=leased), count))
+    assert len(ranked) == len(set(ranked)) == min(count, len(unlabelled))
+    for case in ranked:
+        patient = by_id[case].patient or case
+        assert chosen[patient] == min(chosen[by_id[other].patient or other] for other in waiting)
+        chosen[patient] += 1
+        waiting.remove(case)
 
 
 @pytest.mark.parametrize(

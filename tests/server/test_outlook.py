@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import time
@@ -131,6 +132,15 @@ def test_those_who_ask_at_once_get_cases_of_different_kinds(name, studies, outlo
         assert len({case.split("-")[0] for case in given}) == 6
         for case in given:
             outlook.leases.end(case)
+
+
+def test_auto_asks_for_a_patient_of_whom_nothing_is_labelled_or_with_somebody(studies, store, serving, tmp_path):
+    patients = {"case_0": "Ann", "case_1": "Ann", "case_2": "Bob", "case_3": "Ann"}
+    (studies / "patients.json").write_text(json.dumps(patients))
+    outlook = outlook_of(studies, store, serving)
+    label(store, tmp_path, "case_3")
+    assert outlook.propose(strategy("auto"), "eve")["id"] == "case_2"
+    assert {outlook.propose(strategy("auto"), client)["id"] for client in ("joe", "kim")} == {"case_0", "case_1"}
 
 
 def test_what_somebody_has_is_no_label(outlook, store, tmp_path):

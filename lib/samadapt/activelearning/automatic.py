@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from samadapt.activelearning.coldstart import TypiClust
 from samadapt.activelearning.hybrid import Claspe
+from samadapt.activelearning.pools import patients_in_turn
 from samadapt.activelearning.strategy import Pool, Proposal, Strategy
 
 LABELLED = 4
@@ -18,10 +19,13 @@ are fewer."""
 
 
 class Auto(Strategy):
-    """``TypiClust`` until there are some labels and a model has examined enough cases, then ``Claspe``."""
+    """``TypiClust`` until there are some labels and a model has examined enough cases, then ``Claspe``.
+
+    Both among the patients of whom fewest images are labelled.
+    """
 
     name = "auto"
-    about = "typical cases first; later those of which the model is unsure, the classes in turn"
+    about = "typical cases first; later those of which the model is unsure, the classes in turn; new patients first"
     needs: ClassVar[frozenset[str]] = TypiClust.needs | Claspe.needs
 
     def rank(self, pool: Pool, count: int = 1) -> list[Proposal]:
@@ -30,13 +34,13 @@ class Auto(Strategy):
         if len(pool.labelled) >= LABELLED and examined >= enough:
             return _because(
                 f"By doubt, as the model has examined {examined} of {len(pool.unlabelled)} cases",
-                Claspe().rank(pool, count),
+                patients_in_turn(Claspe().rank, pool, count),
             )
         if len(pool.labelled) < LABELLED:
             waits = f"only {len(pool.labelled)} of {LABELLED} labels are there"
         else:
             waits = f"the model has examined only {examined} of {enough} cases"
-        return _because(f"By variety, as {waits}", TypiClust().rank(pool, count))
+        return _because(f"By variety, as {waits}", patients_in_turn(TypiClust().rank, pool, count))
 
 
 def _because(why: str, proposals: list[Proposal]) -> list[Proposal]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from samadapt.activelearning.strategy import Candidate, Pool, Proposal, Strategy
 from samadapt.activelearning.suggest import suggest_slices
@@ -43,6 +45,35 @@ def completed(
     wanted = max(0, count - len(ranked))
     rest = [Proposal(case.id, 0.0, reason, suggest_slices(case)) for case in others[:wanted]]
     return [*ranked[: max(0, count)], *rest]
+
+
+def patients_in_turn(rank: Callable[[Pool, int], list[Proposal]], pool: Pool, count: int) -> list[Proposal]:
+    """A ranking of those cases whose patients have been chosen least often; the others follow, again by patient.
+
+    Images of one patient teach nearly the same.
+
+    Args:
+        rank: a strategy's ``rank``; asked for the cases of some patients at a time.
+        pool: all cases.
+        count: how many at most.
+    """
+    waiting, taken, ranked = list(pool.unlabelled), list(pool.leased), list[Proposal]()
+    while waiting and len(ranked) < count:
+        chosen = Counter(map(_patient, [*pool.labelled, *taken]))
+        least = min(chosen[_patient(case)] for case in waiting)
+        group = {case.id: case for case in waiting if chosen[_patient(case)] == least}
+        for proposal in rank(replace(pool, unlabelled=list(group.values()), leased=taken), count - len(ranked)):
+            case = group[proposal.id]
+            if chosen[_patient(case)] == least:
+                chosen[_patient(case)] += 1
+                ranked.append(replace(proposal, score=1 / (1 + len(ranked))))
+                taken = [*taken, case]
+                waiting.remove(case)
+    return ranked
+
+
+def _patient(case: Candidate) -> tuple[str, str]:
+    return ("case", case.id) if case.patient is None else ("patient", case.patient)
 
 
 class ByScore(Strategy):

@@ -29,6 +29,7 @@ class Candidate:
         label_dice: for a labelled case, Dice of label and the model's mask; None where not computed.
         confirmed: whether somebody has checked its label and left it as it is.
         proposed: when it was proposed last (seconds since the epoch); 0: never.
+        patient: whose image it is; None where that is unknown, which counts as a patient of its own.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Candidate:
     label_dice: float | None = None
     confirmed: bool = False
     proposed: float = 0.0
+    patient: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

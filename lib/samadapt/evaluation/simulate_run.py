@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -255,9 +255,10 @@ class _Run:
 
         def look(case: Case) -> Candidate:
             if not strategy.needs:
-                return Candidate(case.id)
+                return Candidate(case.id, patient=case.patient)
             truth = read_case(case, self._labels)[1] if case.id in self._labelled else None
-            return self._lookout.look(case, strategy.needs, model, version, trained[:-1], truth)
+            known = self._lookout.look(case, strategy.needs, model, version, trained[:-1], truth)
+            return replace(known, patient=case.patient)
 
         labelled = [look(self._pool[name]) for name in self._labelled]
         seed = 1000 * self._job.seed + number

@@ -217,22 +217,30 @@ class Outlook:
     def _candidate(self, image: str) -> Candidate:
         path = self._datastore().local_image(image)
         if path is None:  # of a PACS that nobody has looked at; it is not fetched for this
-            return Candidate(image)
+            return Candidate(image, patient=self._patient(image))
         version = self._models.version()
         proposed = self._datastore().last_proposed(image)
         label = self._datastore().local_label(image)
         known = self._survey.candidate(image, path, None if version == PLAIN else version, proposed, label)
-        return replace(known, confirmed=self._datastore().is_confirmed(image))
+        return replace(known, confirmed=self._datastore().is_confirmed(image), patient=self._patient(image))
+
+    def _patient(self, image: str) -> str | None:
+        case = self._case(image)
+        return case.patient if case else self._datastore().get_image_info(image).get("PatientID")
 
     def _labelled_case(self, image: str) -> Case | None:
         """The image with its final label, None where it has none."""
         if self._datastore().local_label(image) is None:
             return None
+        case = self._case(image)
+        return case if case and case.label else None
+
+    def _case(self, image: str) -> Case | None:
+        """The image as trainings see it; None for one of a PACS that is not on this machine."""
         if (times := self._times()) != self._cases_of:
             found = assume(find_cases(self._studies), self._coverage)
             self._cases, self._cases_of = {case.id: case for case in found}, times
-        case = self._cases.get(image)
-        return case if case and case.label else None
+        return self._cases.get(image)
 
     def _times(self) -> tuple[int, ...]:
         """When images, labels and what is known of them last changed."""
