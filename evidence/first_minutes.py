@@ -3,8 +3,8 @@
     python evidence/first_minutes.py
 
 does in a headless Chromium what the README says of the demo, and prints how many seconds after the command each
-station was reached. Where a person thinks and draws, this clicks once on each structure: add a person's minutes.
-Screenshots go to build/screenshots.
+station was reached. This clicks once on each structure; what a person then mends with the brush, it puts there at once:
+add that person's minutes, which the demo's training leaves. Screenshots go to build/screenshots.
 """
 
 from __future__ import annotations
@@ -66,9 +66,12 @@ def play(viewer: Viewer, case: str, folder: Path, said: IO[str], watch: Watch) -
     """The way from the study list to the mask of a retrained model."""
     viewer.open(case)
     watch.reached(f"{case} is open in OHIF")
-    click_on_each_structure(viewer, case, folder)
+    truth, labels = true_label(folder, case)
+    click_on_each_structure(viewer, truth, labels)
     watch.reached("one click on each structure")
     viewer.picture("clicked")
+    numbers = [0, *(viewer.names()[name] for name in labels.names)]  # the page's, by the label map's
+    viewer.draw(np.array(numbers, np.uint8)[truth])
     viewer.press("Submit label")
     viewer.says("The label is safe")
     watch.reached("the label is submitted")
@@ -86,12 +89,11 @@ def play(viewer: Viewer, case: str, folder: Path, said: IO[str], watch: Watch) -
     viewer.picture("mask")
 
 
-def click_on_each_structure(viewer: Viewer, case: str, folder: Path) -> None:
+def click_on_each_structure(viewer: Viewer, truth: np.ndarray, labels: LabelMap) -> None:
     """Where a person would click: at the voxel of each structure that is farthest from its border."""
-    truth, values = true_label(folder, case)
     viewer.press("Click: 3D")
     for name in viewer.names():
-        voxel = innermost(truth == values.index(name))
+        voxel = innermost(truth == labels.index(name))
         viewer.choose(name)
         viewer.go_to(voxel[2])
         viewer.point(voxel)
