@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -66,7 +67,18 @@ def plot(
     """
     figure = Figure(figsize=(5, 5), layout="constrained")
     FigureCanvasAgg(figure)  # no window system, whatever matplotlib is configured for
-    axes = figure.subplots()
+    draw(figure.subplots(), estimated, truth, error)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw(
+    axes: Axes,
+    estimated: Mapping[str, Sequence[float]],
+    truth: Mapping[str, Sequence[float]],
+    error: Mapping[str, float],
+) -> None:
+    """Draw what ``plot`` does into one panel of a picture."""
     axes.plot([0, 1], [0, 1], color="0.7", zorder=0, label="estimate = truth")
     for number, name in enumerate(estimated, start=1):
         axes.errorbar(
@@ -81,5 +93,3 @@ def plot(
         )
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="estimated Dice", ylabel="Dice", aspect="equal")
     axes.legend(loc="upper left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
