@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # How well the estimated quality of masks agrees with the truth on cases that the model has never seen: the default
 # recipe learns from some labelled cases of a set, then every other case is segmented, and its estimate compared.
-# A quarter of an hour on one core. results.json of each folder is kept in the repository; evidence/agreement.py makes the README's table and picture of it.
+# A quarter of an hour on one core. results.json of each folder is kept in the repository; evidence/agreement.py makes the
+# README's table and picture of it.
 #
 #   evidence/agreement.sh [CORE] [SETS]
 set -euo pipefail
