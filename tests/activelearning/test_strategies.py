@@ -72,7 +72,8 @@ def candidates(draw, prefix):
                 disagreement=rng.choice([0.3, np.nan]) if "heads" in known else None,
                 label_dice=rng.choice([0.3, 0.9, np.nan]) if "dice" in known else None,
                 proposed=draw(st.sampled_from([0.0, 5.0])),
-                patient=draw(st.sampled_from([None, "p0", "p1", "p2"])),
+                patient=draw(st.sampled_from([None, "p0", "P0", "p1"])),
+                confirmed=draw(st.booleans()),
             )
         )
     return found
@@ -340,19 +341,25 @@ def examined_pool(unlabelled, labelled, examined):
     return Pool(known, around(CLUSTERS[1], labelled, "l"), CLASSES)
 
 
+@given(candidates("l"), st.integers(1, 9))
+def test_what_somebody_has_checked_is_revisited_last(labelled, count):
+    ranked = ids(strategy("revisit").rank(Pool([], labelled, CLASSES), count))
+    checked = {case.id: case.confirmed for case in labelled}
+    assert [checked[case] for case in ranked] == sorted(checked.values())[: len(ranked)]
+
+
 @settings(deadline=None)
 @given(candidates("u"), candidates("l"), candidates("e"), st.integers(1, 9))
 def test_auto_asks_for_new_patients_first(unlabelled, labelled, leased, count):
     """Images of one patient teach nearly the same."""
-    by_id = {case.id: case for case in unlabelled}
-    chosen = Counter(case.patient or case.id for case in [*labelled, *leased])
-    waiting = set(by_id)
+    by_patient = {case.id: (case.patient or case.id).lower() for case in [*unlabelled, *labelled, *leased]}
+    chosen = Counter(by_patient[case.id] for case in [*labelled, *leased])
+    waiting = {case.id for case in unlabelled}
     ranked = ids(strategy("auto").rank(Pool(unlabelled, labelled, CLASSES, leased=leased), count))
     assert len(ranked) == len(set(ranked)) == min(count, len(unlabelled))
     for case in ranked:
-        patient = by_id[case].patient or case
-        assert chosen[patient] == min(chosen[by_id[other].patient or other] for other in waiting)
-        chosen[patient] += 1
+        assert chosen[by_patient[case]] == min(chosen[by_patient[other]] for other in waiting)
+        chosen[by_patient[case]] += 1
         waiting.remove(case)
 
 

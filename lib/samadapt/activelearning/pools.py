@@ -73,7 +73,8 @@ def patients_in_turn(rank: Callable[[Pool, int], list[Proposal]], pool: Pool, co
 
 
 def _patient(case: Candidate) -> tuple[str, str]:
-    return ("case", case.id) if case.patient is None else ("patient", case.patient)
+    """Capitals of a patient's name do not count, as in the ledger."""
+    return ("case", case.id) if case.patient is None else ("patient", case.patient.casefold())
 
 
 class ByScore(Strategy):

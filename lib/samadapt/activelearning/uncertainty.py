@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
 from samadapt.activelearning.pools import ByScore
-from samadapt.activelearning.strategy import Candidate, Pool
+from samadapt.activelearning.strategy import Candidate, Pool, Proposal
 from samadapt.activelearning.suggest import suggest_slices
 from samadapt.inference.examine import Examination, doubtful_foreground
 
@@ -16,6 +17,7 @@ MOST = 5
 """A case is as doubtful as so many of its slices are on average, the most doubtful of those with foreground: as many
 as are suggested for labelling. A mean over all would make long volumes look easy, a sum would make them look hard."""
 
+_CHECKED = "Its label was checked already and submitted as it was"
 _NOT_LOOKED = "No model has looked at it yet, so nobody knows how hard it is; drawn at random."
 
 
@@ -111,15 +113,19 @@ class Revisit(ByScore):
     def cases(self, pool: Pool) -> Sequence[Candidate]:
         return pool.labelled
 
+    def rank(self, pool: Pool, count: int = 1) -> list[Proposal]:
+        in_question, confirmed = (
+            [case for case in pool.labelled if case.confirmed == known] for known in (False, True)
+        )
+        ranked = super().rank(replace(pool, labelled=in_question), count)
+        checked = super().rank(replace(pool, labelled=confirmed), count - len(ranked))
+        return [*ranked, *(replace(one, score=0.0, reason=f"{_CHECKED}: {one.reason}") for one in checked)]
+
     def score(self, case: Candidate) -> float | None:
         value = case.label_dice
-        if case.confirmed:
-            return 0.0
         return None if value is None or np.isnan(value) else max(0.0, 1 - value)
 
     def reason(self, case: Candidate, score: float) -> str:
-        if case.confirmed:
-            return "Its label was checked and submitted again as it is; nobody has to look once more."
         return f"Its label and the model's mask agree at Dice {1 - score:.2f}; check whether the label is right."
 
     def unknown(self) -> str:
