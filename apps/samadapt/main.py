@@ -30,7 +30,7 @@ try:
     from samadapt.server.dicom_datastore import SafeDicomDatastore
     from samadapt.server.in_advance import SeriesInAdvance
     from samadapt.server.infer import AS_SERIES, Clicks, OneDeviceBatchInfer, Segmentation
-    from samadapt.server.labels import LabelSource, label_warnings
+    from samadapt.server.labels import LabelSource, label_warnings, newcomers
     from samadapt.server.launch import needs_dicomweb
     from samadapt.server.models import Models
     from samadapt.server.offered import OfferedDatastore
@@ -190,8 +190,10 @@ class SamAdaptApp(MONAILabelApp):
         if saved.version is not None:  # under another tag the case stays unlabelled, and with whoever has it
             self.outlook.leases.end(image_id)
         self.ahead.again(image_id)
+        before = self.label_source.current()
         self.label_source.learn_from(self.datastore())
         labels = self.label_source.current()
-        warnings = label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
+        new = [] if labels == before else newcomers(saved.info, before)
+        warnings = new + label_warnings(saved.info, saved.present, labels, saved.coverage, saved.slices)
         warnings += saved.remarks
         return {"warnings": warnings, "labels": self.label_source.indices(), "version": saved.version}

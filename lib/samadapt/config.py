@@ -30,9 +30,13 @@ after 8; eight volumes: 0.84 after 8. The shortest is the least that begins with
 
 def closest(word: str, known: Sequence[str], shown: Sequence[str] | None = None) -> str:
     """``"Did you mean 'x'? Valid: a, b, c."`` for a word that is none of ``known``; ``shown`` stands for a long one."""
-    similar = difflib.get_close_matches(word, known, n=1)
-    guess = f"Did you mean {similar[0]!r}? " if similar else ""
+    guess = f"Did you mean {similar!r}? " if (similar := most_like(word, known)) else ""
     return f"{guess}Valid: {', '.join(shown or known) if known else '(none)'}."
+
+
+def most_like(word: str, known: Sequence[str]) -> str | None:
+    """What a word that is none of ``known`` may have been meant for; None where nothing is like it."""
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
 def _one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:

@@ -7,7 +7,7 @@ import pytest
 from samadapt.data.coverage import NAMED, Coverage
 from samadapt.data.labels import LabelMap
 from samadapt.project import Project
-from samadapt.server.labels import LabelSource, label_warnings
+from samadapt.server.labels import LabelSource, label_warnings, newcomers
 
 
 class Store:
@@ -127,6 +127,20 @@ def test_an_annotator_is_told_what_is_odd_about_a_label(info, present, labels, w
     warnings = label_warnings(submitted, present, labels)
     assert len(warnings) == bool(words)
     assert all(word in warnings[0] for word in words)
+
+
+def test_a_name_that_was_not_there_before_is_told_in_case_it_is_mistyped():
+    assert newcomers(named_info("front", "Back"), FRONT_BACK) == []
+    (told,) = newcomers(named_info("frnot", "back", "ignore"), FRONT_BACK)
+    assert all(word in told for word in ("'frnot'", "new", "front, back", "did you mean 'front'"))
+    (told,) = newcomers(named_info("spleen"), FRONT_BACK)
+    assert "did you mean" not in told
+    assert newcomers({**named_info("spleen"), "drawn": []}, FRONT_BACK) == []
+    assert newcomers(named_info("spleen"), None) == []  # the first label names them
+
+
+def named_info(*names):
+    return {"label_info": named(*names)}
 
 
 def test_what_is_to_be_ignored_is_no_structure(source):

@@ -31,10 +31,12 @@ class Lease:
     Attributes:
         client: who; None where nothing is known of them.
         since: seconds since the epoch.
+        until: when it ends by itself.
     """
 
     client: str | None
     since: float
+    until: float
 
 
 class Leases:
@@ -51,7 +53,7 @@ class Leases:
     def __init__(self, path: Path, seconds: float) -> None:
         self._path = path
         self._seconds = seconds
-        self._held = _read(path)
+        self._held = _read(path, seconds)
         self._changing = threading.Lock()
 
     def free(self, cases: Collection[str], client: str | None) -> list[str]:
@@ -71,7 +73,8 @@ class Leases:
     def take(self, case: str, client: str | None) -> None:
         """``client`` has been given ``case``, now."""
         with self._changing:
-            self._held = {**self._current(), case: Lease(client, time.time())}
+            now = time.time()
+            self._held = {**self._current(), case: Lease(client, now, now + self._seconds)}
             self._write()
 
     def renew(self, case: str, client: str | None) -> None:
@@ -97,7 +100,7 @@ class Leases:
 
     def first_end(self) -> float | None:
         """When the next lease ends by itself, in seconds since the epoch; None without leases."""
-        return min((lease.since + self._seconds for lease in self._current().values()), default=None)
+        return min((lease.until for lease in self._current().values()), default=None)
 
     @staticmethod
     def _left_behind(cases: Collection[str], held: dict[str, Lease]) -> list[str]:
@@ -109,26 +112,28 @@ class Leases:
 
     def _current(self) -> dict[str, Lease]:
         now = time.time()
-        return {case: lease for case, lease in self._held.items() if 0 <= now - lease.since < self._seconds}
+        return {case: lease for case, lease in self._held.items() if lease.since <= now < lease.until}
 
     def _write(self) -> None:
         write_json(self._path, {case: vars(lease) for case, lease in self._held.items()})
 
 
-def _read(path: Path) -> dict[str, Lease]:
+def _read(path: Path, seconds: float) -> dict[str, Lease]:
     if not path.exists():
         return {}
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-        return {str(case): _lease(one) for case, one in records.items()}
+        return {str(case): _lease(one, seconds) for case, one in records.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"no record of who labels what ({error})", where=path, remedy="Remove it; only the leases are lost."
         ) from error
 
 
-def _lease(record: dict[str, Any]) -> Lease:
+def _lease(record: dict[str, Any], seconds: float) -> Lease:
+    """One lease; of former days, when its end was not written down, it ends after ``seconds``."""
     client = record["client"]
     if not isinstance(client, str | None):
         raise ValueError(f"{client!r} is no client")
-    return Lease(client, float(record["since"]))
+    since = float(record["since"])
+    return Lease(client, since, float(record.get("until", since + seconds)))

@@ -164,7 +164,7 @@ def _check_people(info: dict[str, Any]) -> None:
 def _version_name(file: Path, info: dict[str, Any]) -> str:
     """A label's name among all that its image ever had; it keeps it when another label takes its place."""
     moment = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(float(info.get("ts", 0))))
-    made = json.dumps([known_sha256(file), info.get("client_id"), info.get("author")])
+    made = json.dumps([known_sha256(file), info.get("client_id"), info.get("author"), info.get("label_info")])
     return f"{moment}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 

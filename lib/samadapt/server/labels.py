@@ -10,6 +10,7 @@ from typing import Any
 
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from samadapt.config import most_like
 from samadapt.data.coverage import UNSAID, Coverage
 from samadapt.data.labels import (
     BACKGROUND,
@@ -142,6 +143,19 @@ def label_warnings(
     if unknown:
         partly.append(f"the label does not speak of {', '.join(unknown)}: its background may be any of them")
     return [*_odd(submitted, present, labels, unknown), *partly]
+
+
+def newcomers(submitted: Mapping[str, Any], before: LabelMap | None) -> list[str]:
+    """What a label draws under names that were not there ``before``: new structures, or mistyped; for its annotator."""
+    if before is None:
+        return []
+    names = class_names(name for name in _drawn_names(submitted) if before.find(name) is None)
+    guesses = {name: most_like(name, before.names) for name in names}
+    return [
+        f"{name!r} is a new structure, beside {', '.join(before.names)}"
+        + (f" (did you mean {guess!r}?)" if guess else "")
+        for name, guess in guesses.items()
+    ]
 
 
 def _unknown(
