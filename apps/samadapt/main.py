@@ -132,10 +132,11 @@ class SamAdaptApp(MONAILabelApp):
             from samadapt.server import guards
 
             guards.install(sys.modules["monailabel.app"].app, self)
+            self.datastore().begin()
+            self.label_source.learn_from(self.datastore())
             if self.settings.embed_ahead:
                 self.ahead.start()
             self.auto_train.watch()
-            self.datastore().begin()
 
     def info(self):
         own = {"embedded_ahead": self.ahead.progress(), "auto_train": self.auto_train.state()}

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import threading
 import time
 
@@ -53,6 +54,33 @@ def stored(studies, image="a", tag="final"):
     mask = np.asarray(nibabel.load(uri).dataobj)
     names = datastore.get_label_info(image, tag)["label_info"]
     return int(mask.flat[0]), names[0]["idx"]
+
+
+def test_masks_that_lie_beside_the_final_ones_are_taken_in_once(studies, tmp_path, caplog):
+    """The terminal reads them; a server that did not would ask for their images again."""
+    (studies / "labels").mkdir()
+    for name, value in (("a", 1), ("b", 2), ("c.d", 7)):
+        shutil.copy(label_of(tmp_path / "l.nii.gz", value), studies / "labels" / f"{name}.nii.gz")
+    datastore = SafeDatastore(str(studies))
+    assert datastore.take_in_plain_labels() == []
+    assert "--conf labels" in caplog.text  # nobody knows what 1 is
+    datastore.save_label("a", label_of(tmp_path / "l.nii.gz", 3), "final", info_of(3))
+    datastore.known_labels = lambda: LabelMap(("liver", "spleen"))
+    assert datastore.take_in_plain_labels() == ["b"]  # what a person submitted stays
+    assert "c.d.nii.gz" in caplog.text
+    assert [
+        sorted(path.name for path in folder.glob("*.nii.gz"))
+        for folder in (studies / "labels", studies / "labels" / "final")
+    ] == [
+        ["a.nii.gz", "b.nii.gz", "c.d.nii.gz"],
+        ["a.nii.gz", "b.nii.gz"],
+    ]
+    assert {case.id: case.label.parent.name for case in find_cases(studies) if case.label} == {
+        "a": "final",
+        "b": "final",
+    }
+    datastore.remove_label("b", "final")
+    assert datastore.take_in_plain_labels() == []  # somebody has removed it
 
 
 @pytest.mark.parametrize(("image", "tag"), [("b", "final"), ("../../a", "final"), ("a", "original"), ("a", "../x")])

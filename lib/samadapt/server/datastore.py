@@ -30,7 +30,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from samadapt.data.coverage import CLASSES, SLICES, UNSAID, Coverage, check_nameless, labelled_slices
 from samadapt.data.labels import IGNORE, LabelMap, draw_the_same, values_from_label_info, values_in
-from samadapt.data.volume import Geometry, read_label, read_volume, write_mask
+from samadapt.data.volume import LOSSY, Geometry, read_label, read_volume, write_mask
 from samadapt.errors import InputError, NotFoundError, StateError
 from samadapt.files import atomic_path, known_sha256, write_json
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg")
 _ENDINGS = tuple(pattern[1:] for pattern in EXTENSIONS)
+_MASKS = tuple(ending for ending in _ENDINGS if ending not in LOSSY)
 RAW = (".bin", ".bin.gz")
 BASED_ON, DRAWN, CONFIRMED = "based_on", "drawn", "confirmed"
 """Of a label's ``info``: the version that its annotator began with (None: no label); the values that it shows; whether
@@ -258,7 +259,42 @@ class SafeDatastore(LocalDatastore):
         return getattr(self._saved, "submission", Submission({}, set(), UNSAID, (0, 0)))
 
     def begin(self) -> None:
-        """What goes on beside the requests of a server; called once, when it is up."""
+        """What a server does once, before its first request."""
+        self.take_in_plain_labels()
+
+    def take_in_plain_labels(self) -> list[str]:
+        """Let masks that lie in ``labels/`` itself, where the terminal reads them too, count as final labels.
+
+        Copies of those whose image never had a final label; the others are older than what people have submitted since.
+
+        Returns:
+            Ids of the images whose masks are taken in. What cannot be is named in the log, with the remedy.
+        """
+        plain = {image: file for image in self.list_images() if (file := self._plain_label(image)) is not None}
+        if plain and self.known_labels() is None:
+            logger.warning(
+                "%d masks in %s are not used, as nobody has said what their values mean: start the server with "
+                '--conf labels "first,second", or write labels.json',
+                len(plain),
+                self.folder / "labels",
+            )
+            return []
+        taken = []
+        for image, file in plain.items():
+            try:
+                self.save_label(image, str(file), DefaultLabelTag.FINAL.value, {"source": "the folder labels"})
+                taken.append(image)
+            except InputError as error:
+                logger.warning("%s is not used: %s. %s", file, error.what, error.remedy)
+        if taken:
+            logger.info("%d masks in %s count as final labels from now on", len(taken), self.folder / "labels")
+        return taken
+
+    def _plain_label(self, image_id: str) -> Path | None:
+        if self.local_label(image_id) is not None or self._versions(image_id).is_dir():
+            return None
+        files = (Path(self._datastore.label_path(None)) / f"{image_id}{ending}" for ending in _MASKS)
+        return next((file for file in files if file.is_file()), None)
 
     def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
         """What a next sample's reply says of slices where viewers count them in another way than the image does."""

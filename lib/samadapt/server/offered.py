@@ -34,7 +34,8 @@ class OfferedDatastore(SafeDatastore):
         super().__init__(datastore_path, **host_options)
 
     def begin(self) -> None:
-        """Say where OHIF's list of studies stays empty, and what to do about it."""
+        """Also say where OHIF's list of studies stays empty, and what to do about it."""
+        super().begin()
         if ADDRESS not in os.environ:
             logger.warning(
                 "OHIF shows no images of a folder that is served like this. To label in OHIF, start the server by: "
