@@ -288,6 +288,18 @@ def test_a_label_that_was_drawn_anew_is_compared_with_the_present_model_alone(se
     assert drifted(monkeypatch, project, case).published
 
 
+@pytest.mark.parametrize(("then", "may"), [((0.85, 0.9), False), ((0.7, 0.7), True)])
+def test_where_the_labels_to_judge_by_were_exchanged_a_person_decides(served, monkeypatch, then, may):
+    """A round of shuffled labels may hit the held-out cases, too; the candidate has learned to agree with them."""
+    project, case = served(then)
+    assert drifted(monkeypatch, project, case).published  # by the same labels
+    case.label.write_bytes(b"another label")
+    verdict = drifted(monkeypatch, project, case)
+    assert verdict.published == may
+    if not may:
+        assert all(word in verdict.reason for word in ("have changed", "a (0.875 then, 0.550 now)", "promote"))
+
+
 def test_who_promotes_a_version_has_weighed_what_it_loses(served, monkeypatch):
     project, case = served((0.75, 0.3), (0.6, 0.5), (0.55, 0.5))
     Versions(project).promote("v0002", "somebody", AppConfig())

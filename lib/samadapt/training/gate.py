@@ -175,10 +175,10 @@ def judge(
 
     The published one stays where its mean over the structures that both know is higher on the cases that show them, or
     one structure was found much better (``MUCH_WORSE``) by it or by one before it. What the candidate alone knows never
-    makes up for that. Where the cases show only what the published model does not know, a person decides. Where the
-    published model's file cannot be used any more, the one before takes its place. Where nothing is held out, the
-    published one stays where its own cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be
-    compared, the candidate may answer.
+    makes up for that. A person decides where the cases show only what the published model does not know, and where
+    their labels have changed so that it is much worse by them than it was. Where the published model's file cannot be
+    used any more, the one before takes its place. Where nothing is held out, the published one stays where its own
+    cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
     Args:
         measured: how well the candidate finds its classes.
@@ -204,9 +204,39 @@ def judge(
             if verdict is None or (verdict.published and not measured.shown):
                 nothing = "the held-out cases show none of the structures"
                 verdict = _by_cross_validation(measured.crossed, labels, [file], nothing)
+            if verdict.published and (fallen := _fallen(rival.info, held_out, other)):
+                verdict = _relabelled(fallen, file.stem)
             return replace(verdict, current=in_service)
     reason = f"published without a comparison: {rivals[0].stem} is damaged, or its base weights are not here any more"
     return Verdict(True, reason, in_service)
+
+
+def _fallen(info: ModelInfo, held_out: Sequence[Case], now: CaseDice) -> dict[str, tuple[float, float]]:
+    """Held-out cases with other labels than when a model was made, by which it is much worse than it was then.
+
+    Returns:
+        Case id -> its mean Dice then and ``now``, over what both can tell.
+    """
+    hashes, noted = info.training.get("label_sha256") or {}, info.training.get("held_out_by_case") or {}
+    found = {}
+    for case in held_out:
+        if not case.label or case.id not in noted or sha256_of(case.label) == hashes.get(case.id):
+            continue
+        then = _named({case.id: noted[case.id]}, LabelMap(tuple(now[case.id])))[case.id]
+        both = [(then[name], value) for name, value in now[case.id].items() if not math.isnan(then[name] + value)]
+        if both and (pair := np.mean(both, axis=0))[0] - pair[1] > MUCH_WORSE:
+            found[case.id] = (float(pair[0]), float(pair[1]))
+    return found
+
+
+def _relabelled(fallen: Mapping[str, tuple[float, float]], current: str) -> Verdict:
+    """Either the labels were wrong before, or they are now; only a person can tell."""
+    told = ", ".join(f"{case} ({then:.3f} then, {now:.3f} now)" for case, (then, now) in fallen.items())
+    reason = (
+        f"not published, labels to judge it by have changed: {current} is much worse by those of {told}; look at them, "
+        "and if they are right, `samadapt models promote` puts this one in service"
+    )
+    return Verdict(False, reason, current)
 
 
 def _by_held_out(
