@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "lib"))
 
+from strategies import SETS  # noqa: E402
+
 from samadapt.evaluation.agreement import draw  # noqa: E402
 from samadapt.evaluation.page import chart_png  # noqa: E402
 
-SETS = {"hippocampus_mr": "hippocampus", "acdc_mr": "ACDC", "curvas_ct_2d": "CURVAS (2D)"}
 PICTURE = HERE.parent / "docs" / "agreement.png"
 
 

@@ -133,7 +133,6 @@ class SamAdaptApp(MONAILabelApp):
 
             guards.install(sys.modules["monailabel.app"].app, self)
             self.datastore().begin()
-            self.label_source.learn_from(self.datastore())
             if self.settings.embed_ahead:
                 self.ahead.start()
             self.auto_train.watch()

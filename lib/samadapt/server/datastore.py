@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,7 +270,8 @@ class SafeDatastore(LocalDatastore):
         Returns:
             Ids of the images whose masks are taken in. What cannot be is named in the log, with the remedy.
         """
-        plain = {image: file for image in self.list_images() if (file := self._plain_label(image)) is not None}
+        there = _present(Path(self._datastore.label_path(None)))
+        plain = {image: file for image in self.list_images() if (file := self._plain_label(image, there)) is not None}
         if plain and self.known_labels() is None:
             logger.warning(
                 "%d masks in %s are not used, as nobody has said what their values mean: start the server with "
@@ -290,11 +291,12 @@ class SafeDatastore(LocalDatastore):
             logger.info("%d masks in %s count as final labels from now on", len(taken), self.folder / "labels")
         return taken
 
-    def _plain_label(self, image_id: str) -> Path | None:
-        if self.local_label(image_id) is not None or self._versions(image_id).is_dir():
+    def _plain_label(self, image_id: str, there: Collection[str]) -> Path | None:
+        """Of the files that lie ``there``, the mask of an image that never had a final label."""
+        name = next((name for ending in _MASKS if (name := f"{image_id}{ending}") in there), None)
+        if name is None or self.local_label(image_id) is not None or self._versions(image_id).is_dir():
             return None
-        files = (Path(self._datastore.label_path(None)) / f"{image_id}{ending}" for ending in _MASKS)
-        return next((file for file in files if file.is_file()), None)
+        return Path(self._datastore.label_path(None)) / name
 
     def in_viewer(self, image_id: str, numbers: list[int]) -> dict[str, Any]:
         """What a next sample's reply says of slices where viewers count them in another way than the image does."""

@@ -22,7 +22,7 @@ from samadapt.errors import InputError, WeightsError
 from samadapt.evaluation.click_simulation import simulate_clicks, widest_slice
 from samadapt.evaluation.intervals import DICE, FEWEST, Estimate, estimate
 from samadapt.evaluation.metrics import dice, mean
-from samadapt.files import sha256_of
+from samadapt.files import known_sha256
 from samadapt.inference.examine import examine
 from samadapt.model import AdaptedModel, ModelInfo, read_info_if_readable
 from samadapt.project import Project
@@ -220,7 +220,7 @@ def _fallen(info: ModelInfo, held_out: Sequence[Case], now: CaseDice) -> dict[st
     hashes, noted = info.training.get("label_sha256") or {}, info.training.get("held_out_by_case") or {}
     found = {}
     for case in held_out:
-        if not case.label or case.id not in noted or sha256_of(case.label) == hashes.get(case.id):
+        if not case.label or case.id not in noted or known_sha256(case.label) == hashes.get(case.id):
             continue
         then = _named({case.id: noted[case.id]}, LabelMap(tuple(now[case.id])))[case.id]
         both = [(then[name], value) for name, value in now[case.id].items() if not math.isnan(then[name] + value)]
@@ -355,7 +355,7 @@ def _in_both(own: CaseDice, rivals: Mapping[str, CaseDice], name: str) -> Iterat
 
 def _noted_before(project: Project, held_out: Sequence[Case], labels: LabelMap) -> dict[str, CaseDice]:
     """Version -> what it noted of those held-out cases whose labels are still the same, under the candidate's names."""
-    now = {case.id: sha256_of(case.label) for case in held_out if case.label}
+    now = {case.id: known_sha256(case.label) for case in held_out if case.label}
     found = {}
     for file in Versions(project).since_promoted():
         info = read_info_if_readable(file)
