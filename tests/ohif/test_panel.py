@@ -166,6 +166,18 @@ def test_trainings_are_paused_stopped_and_refused(viewer, server):
     assert ["in service" in row for row in rows] == [False, True]
     viewer.picture("refused")
 
+    method = viewer.panel.get_by_label("Method")
+    assert method.input_value() == "unet"  # the server's own
+    method.select_option("s_sam")
+    viewer.panel.get_by_text("S-SAM: singular values").wait_for()
+    viewer.picture("method")
+    with viewer.page.expect_request(lambda request: request.url.endswith("/train/")) as asked:
+        start.click()
+    assert asked.value.post_data_json == {"recipe": "s_sam"}
+    stop.click(timeout=TRAINING_MS)
+    start.wait_for()
+    method.select_option("unet")
+
 
 def test_clicks_in_3d(viewer):
     truth = truth_of(CT)[:, :, SHOWN]

@@ -26,10 +26,29 @@ LABELLED = SimpleNamespace(get_labeled_images=lambda: ["one"])
 
 
 def test_a_request_may_name_a_recipe_for_one_training(task):
-    assert task.config()["recipe"] == AppConfig().recipe
+    assert task.config()["recipe"][0] == AppConfig().recipe
     config = task.check({"recipe": "samed", "max_steps": "7", "model": "samadapt"}, LABELLED)
     assert (config.recipe, config.max_steps, config.blocks) == ("samed", 7, "late")
     assert task.check({}, LABELLED).recipe == AppConfig().recipe
+
+
+def test_viewers_are_offered_the_recipes_that_the_server_s_settings_fit(tmp_path):
+    labels = SimpleNamespace(current=lambda: LabelMap(("liver",)))
+    task = TrainSamAdapt("samadapt", AppConfig.from_strings({"recipe": "s_sam"}), Project(tmp_path), labels)
+    offered = task.config()["recipe"]
+    assert offered[0] == "s_sam"
+    assert {"lora_late", "samed", "sam_lst", "autosam_cnn", "cheap_lunch", "unet", "peft/dora"} < set(offered)
+    assert "ft/lite_medsam/decoder/lora" in offered
+    assert "ft/mobile_sam/decoder/lora" not in offered
+    for recipe in offered:
+        assert task.check({"recipe": recipe}, LABELLED).recipe == recipe
+    assert task.check({"recipe": offered}, LABELLED).recipe == "s_sam"  # the whole choice: its first
+    assert list(task.info()["recipes"]) == offered
+
+
+def test_a_recipe_that_does_not_fit_the_server_s_blocks_is_not_offered(task):
+    assert "autosam_cnn" not in task.config()["recipe"]
+    assert "samed" in task.config()["recipe"]
 
 
 @pytest.mark.parametrize(("recipe", "part"), [("autosam_cnn", "blocks"), ("ft/mobile_sam/decoder/lora", "backbone")])

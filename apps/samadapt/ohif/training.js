@@ -1,7 +1,9 @@
 // Training: start and stop it, watch it, and what it has come to.
 
-import { button, element, field, section } from './dom.js';
+import { capital, element, field, section, setOptions } from './dom.js';
 import { requestJson } from './server.js';
+
+const RECIPE = 'samadapt-recipe';
 
 /** @param {{say: function, fail: function}} status @param {function} refresh asks the server for its state now */
 export function trainingSection(status, refresh) {
@@ -9,7 +11,8 @@ export function trainingSection(status, refresh) {
   let running = false;
   const start = async () => {
     status.say('The training starts …');
-    await requestJson('train/', { method: 'POST', json: {} });
+    const recipe = view.recipe.value;
+    await requestJson('train/', { method: 'POST', json: recipe ? { recipe } : {} });
   };
   const stop = async () => {
     status.say('The training stops …');
@@ -27,6 +30,7 @@ export function trainingSection(status, refresh) {
     view.start.textContent = running ? 'Stop training' : 'Update model';
     showProgress(view, stats, running);
     showAutomatic(view, info.auto_train);
+    showRecipes(view, Object.values(info.trainers)[0].recipes);
     showAhead(view.ahead, info.embedded_ahead);
     if (before && !running) sayEnd(status, stats);
     return { running, ended: before && !running };
@@ -39,6 +43,8 @@ function makeView() {
   const view = {
     start: element('button', { type: 'button', textContent: 'Update model' }),
     bar,
+    recipe: element('select'),
+    summary: element('p', { className: 'samadapt-recipe' }),
     progress: element('p', { className: 'samadapt-progress' }),
     dice: element('p', { className: 'samadapt-dice' }),
     refused: element('p', { className: 'samadapt-refused' }),
@@ -49,6 +55,8 @@ function makeView() {
   view.pauseField = field('Pause these trainings', view.pause);
   view.node = section(
     'Training',
+    field('Method', view.recipe),
+    view.summary,
     view.start,
     field('Progress', bar),
     view.progress,
@@ -68,6 +76,17 @@ function showProgress(view, stats, running) {
   view.progress.textContent = [message, running && loss ? `loss ${loss.toFixed(3)}` : ''].filter(Boolean).join(', ');
   view.dice.textContent = stats.best_metric ? `Held-out Dice: ${stats.best_metric.toFixed(2)}` : '';
   view.refused.textContent = stats.refused ? `Not put in service: ${reasonOf(stats.refused)}` : '';
+}
+
+/** The server's own method comes first; another one that was chosen holds as long as this page's tab. */
+function showRecipes(view, summaries) {
+  const names = Object.keys(summaries);
+  setOptions(view.recipe, names, sessionStorage.getItem(RECIPE) || names[0]);
+  view.summary.textContent = capital(summaries[view.recipe.value]);
+  view.recipe.onchange = () => {
+    sessionStorage.setItem(RECIPE, view.recipe.value);
+    view.summary.textContent = capital(summaries[view.recipe.value]);
+  };
 }
 
 function reasonOf(refused) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from monailabel.utils.async_tasks.utils import tasks
 from samadapt import recipes
 from samadapt.config import AppConfig, parse_values, with_backbone
 from samadapt.data.cases import find_cases
-from samadapt.errors import StateError
+from samadapt.errors import ConfigError, StateError
 from samadapt.project import Project
 from samadapt.server.labels import LabelSource
 from samadapt.terminal import plain
@@ -26,7 +27,8 @@ from samadapt.training.cores import SpareCores
 from samadapt.training.loop import ROUNDS
 from samadapt.versions import Versions
 
-SETTINGS = ("max_train_minutes", "max_steps", "recipe")
+RECIPE = "recipe"
+SETTINGS = ("max_train_minutes", "max_steps", RECIPE)
 """What a request may change; the rest is settled when the server starts."""
 
 PROMOTE, NONE = "promote", "none"
@@ -59,10 +61,42 @@ class TrainSamAdapt(TrainTask):
         self._labels = labels
         self._versions = Versions(project)
 
+    def info(self) -> dict[str, Any]:
+        return {**super().info(), "recipes": self._recipes}
+
     def config(self) -> dict[str, Any]:
+        """What viewers offer to change; of a list they make a choice, whose first is what holds without one."""
         values = {key: getattr(self._settings, key) for key in SETTINGS}
         shown = {key: "auto" if value is None else value for key, value in values.items()}
-        return {**shown, PROMOTE: [NONE, *reversed(self._versions.names())]}  # a list is what viewers make a choice of
+        offered = {RECIPE: list(self._recipes), PROMOTE: [NONE, *reversed(self._versions.names())]}
+        return {**shown, **offered}
+
+    @functools.cached_property
+    def _recipes(self) -> dict[str, str]:
+        """Recipes that the other settings fit, each with its summary; the server's own first."""
+        own = self._settings.recipe
+        ordered = sorted(
+            recipes.names(), key=lambda name: name != own
+        )  # stable: the others stay as the registry has them
+        return {name: recipes.get(name).summary for name in ordered if self._fits(name)}
+
+    def _fits(self, recipe: str) -> bool:
+        try:
+            self._with({RECIPE: recipe})
+        except ConfigError:
+            return False
+        return True
+
+    def _with(self, values: Mapping[str, Any]) -> AppConfig:
+        """The server's settings with those of a request.
+
+        Raises:
+            ConfigError: an unknown setting, a bad value, or a recipe that the other settings do not fit.
+        """
+        parsed = {"backbone": self._settings.backbone, **parse_values(values, SETTINGS)}
+        config = dataclasses.replace(self._settings, **with_backbone(parsed))
+        recipes.configured(config)  # refuses now what the training would refuse later
+        return config
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
         """The settings of a training that can start now.
@@ -73,9 +107,9 @@ class TrainSamAdapt(TrainTask):
             StateError: nothing to learn from yet, or that version is in service already.
         """
         known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, PROMOTE, self.name)}
-        parsed = {"backbone": self._settings.backbone, **parse_values(known, SETTINGS)}
-        config = dataclasses.replace(self._settings, **with_backbone(parsed))
-        recipes.configured(config)  # refuses now what the training would refuse later
+        if RECIPE in known:
+            known[RECIPE] = _chosen(known[RECIPE])
+        config = self._with(known)
         if (wanted := _wanted_version(request)) is not None:
             if self._versions.get(wanted).in_service:
                 raise StateError(
@@ -149,10 +183,14 @@ class TrainSamAdapt(TrainTask):
 
 
 def _wanted_version(request: Mapping[str, Any]) -> str | None:
-    """The version to put in service; None: train. A viewer may send the whole choice, whose first is meant."""
-    value = request.get(PROMOTE) or NONE
-    name = str(value[0] if isinstance(value, list) else value).strip()
+    """The version to put in service; None: train."""
+    name = str(_chosen(request.get(PROMOTE) or NONE)).strip()
     return None if name == NONE else name
+
+
+def _chosen(value: Any) -> Any:
+    """A viewer may send a whole choice, whose first is meant."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def is_under_way(project: Project) -> bool:
