@@ -24,10 +24,8 @@ from scipy import ndimage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "lib"), str(ROOT / "tests")]
 
-from samadapt.data.geometry import turn_to_series  # noqa: E402
 from samadapt.data.labels import LabelMap  # noqa: E402
-from samadapt.data.volume import read_label, read_volume  # noqa: E402
-from viewing import Viewer, browser  # noqa: E402
+from viewing import Viewer, browser, label_on_series  # noqa: E402
 
 TRAINING_MS = 600_000
 INVITATION = re.compile(r"open (http\S+)/ohif/, click on one of (\w+)")
@@ -66,12 +64,12 @@ def play(viewer: Viewer, case: str, folder: Path, said: IO[str], watch: Watch) -
     """The way from the study list to the mask of a retrained model."""
     viewer.open(case)
     watch.reached(f"{case} is open in OHIF")
-    truth, labels = true_label(folder, case)
+    truth = label_on_series(folder / "cohort" / f"{case}.nii.gz", folder / "cohort_truth" / f"{case}.nii.gz")
+    labels = LabelMap.from_config((folder / "cohort" / "labels.json").read_text(encoding="utf-8"))
     click_on_each_structure(viewer, truth, labels)
     watch.reached("one click on each structure")
     viewer.picture("clicked")
-    numbers = [0, *(viewer.names()[name] for name in labels.names)]  # the page's, by the label map's
-    viewer.draw(np.array(numbers, np.uint8)[truth])
+    viewer.draw_by_name(truth, {name: labels.index(name) for name in labels.names})
     viewer.press("Submit label")
     viewer.says("The label is safe")
     watch.reached("the label is submitted")
@@ -100,14 +98,6 @@ def click_on_each_structure(viewer: Viewer, truth: np.ndarray, labels: LabelMap)
         viewer.says("The model looks")
         viewer.says("Done")
     viewer.press("Click: 3D")
-
-
-def true_label(folder: Path, case: str) -> tuple[np.ndarray, LabelMap]:
-    """(I,J,K) on the grid of the series that OHIF shows, and what its values mean."""
-    geometry = read_volume(folder / "cohort" / f"{case}.nii.gz").geometry
-    mask = read_label(folder / "cohort_truth" / f"{case}.nii.gz", geometry)
-    labels = LabelMap.from_config((folder / "cohort" / "labels.json").read_text(encoding="utf-8"))
-    return turn_to_series(geometry).forward(mask), labels
 
 
 def innermost(mask: np.ndarray) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import requests
 
+from samadapt.data.geometry import turn_to_series
+from samadapt.data.volume import read_label, read_volume
 from serving import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +151,13 @@ class Viewer:
             text,
         )
 
+    def draw_by_name(self, mask: np.ndarray, values: Mapping[str, int]) -> None:
+        """``draw`` a mask whose structures have other ``values`` than the page gives them."""
+        table = np.zeros(256, np.uint8)
+        for name, value in values.items():
+            table[value] = self.names()[name]
+        self.draw(table[mask])
+
     def names(self) -> dict[str, int]:
         """The page's structures: name -> voxel value."""
         segments = self.page.evaluate("() => window.services.segmentationService.getSegmentation('1').segments")
@@ -254,6 +263,12 @@ class Viewer:
         yield
         if key:
             self.page.keyboard.up(key)
+
+
+def label_on_series(image: Path, label: Path) -> np.ndarray:
+    """(I,J,K): the label of a volume on the grid of the series that OHIF shows of it."""
+    geometry = read_volume(image).geometry
+    return turn_to_series(geometry).forward(read_label(label, geometry))
 
 
 def stored(server: Server, series: str, folder: Path) -> tuple[nibabel.Nifti1Image, dict[str, int], dict[str, Any]]:

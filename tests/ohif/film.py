@@ -19,10 +19,8 @@ sys.path += [str(ROOT / "sample-data"), str(ROOT / "tests"), str(ROOT / "lib")]
 
 import generate  # noqa: E402
 
-from samadapt.data.geometry import turn_to_series  # noqa: E402
-from samadapt.data.volume import read_label, read_volume  # noqa: E402
 from serving import ServeCommand  # noqa: E402
-from viewing import Viewer, browser  # noqa: E402
+from viewing import Viewer, browser, label_on_series  # noqa: E402
 
 LABELLED = 4
 CAPTIONS = {
@@ -55,9 +53,9 @@ def play(viewer: Viewer, cohort: generate.Cohort) -> dict[str, Path]:
     """The loop; a picture of each of its stations."""
     pictures = {}
     for name in sorted(cohort.images)[:LABELLED]:
-        truth = true_label(cohort, name)
+        truth = label_on_series(cohort.images[name], cohort.truths[name])
         viewer.open(name)
-        draw(viewer, truth, cohort.labels)
+        viewer.draw_by_name(truth, cohort.labels)
         viewer.go_to(fullest_slice(truth))
         wait_for_a_clear_view(viewer)
         pictures["labelled"] = viewer.picture("labelled")
@@ -96,23 +94,9 @@ def wait_until_prepared(viewer: Viewer) -> None:
     viewer.page.wait_for_function(done, arg=ahead, timeout=TRAINING_MS)
 
 
-def true_label(cohort: generate.Cohort, name: str) -> np.ndarray:
-    """(I,J,K): the true label of a sample volume on the grid of the series that OHIF shows."""
-    geometry = read_volume(cohort.images[name]).geometry
-    return turn_to_series(geometry).forward(read_label(cohort.truths[name], geometry))
-
-
 def fullest_slice(mask: np.ndarray) -> int:
     """The k in which most structures are drawn; of several, the one with most voxels."""
     return max(range(mask.shape[2]), key=lambda k: (np.unique(mask[..., k]).size, np.count_nonzero(mask[..., k])))
-
-
-def draw(viewer: Viewer, label: np.ndarray, values: dict[str, int]) -> None:
-    """The page numbers structures by the alphabet; the sample data by labels.json."""
-    table = np.zeros(256, np.uint8)
-    for name, value in values.items():
-        table[value] = viewer.names()[name]
-    viewer.draw(table[label])
 
 
 def film(pictures: dict[str, Path]) -> None:
