@@ -237,6 +237,21 @@ def test_what_is_found_where_nothing_is_counts_against_a_model(published, monkey
     assert judged(monkeypatch, project, LABELS.names, other, own | {"sick": other["sick"]}).published
 
 
+@pytest.mark.parametrize("held_out", [HELD_OUT, []])
+def test_a_structure_that_no_label_shows_any_more_is_not_lost_without_a_person(published, monkeypatch, held_out):
+    """All labels of "dark" were submitted again under another name, and the rest got better."""
+    monkeypatch.setattr(gate, "measure_cases", lambda *args: (BOTH, {}))
+    better = {case: {"bright": 0.9, "dark": NAN} for case in BOTH}
+    project = published(drawn=["bright", "dark"], **kept(crossed(0.5)))
+    for drawn, may in {("bright", "drak"): False, ("bright", "Dark"): True}.items():
+        measured = Measured(better, crossed(0.9), drawn=drawn)
+        verdict = judge(measured, held_out, LabelMap(("bright", "dark", "drak")), AppConfig(), project)
+        assert verdict.published is may
+        if not may:
+            assert "no label shows dark any more, which v0001 has learned" in verdict.reason
+            assert "`samadapt models promote`" in verdict.reason
+
+
 @pytest.fixture
 def served(published, tmp_path):
     """A project whose versions, one after the other in service, noted these figures of case a."""

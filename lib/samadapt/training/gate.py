@@ -155,12 +155,14 @@ class Measured:
         crossed: where nothing is held out.
         expected: the Dice on the held-out cases that it expected of itself.
         shown: whether any held-out case shows a structure.
+        drawn: the structures that any label shows, of training and held-out cases.
     """
 
     held_out: CaseDice
     crossed: CrossValidation | None = None
     expected: CaseDice = field(default_factory=dict)
     shown: bool = True
+    drawn: tuple[str, ...] = ()
 
 
 def judge(
@@ -175,8 +177,9 @@ def judge(
 
     The published one stays where its mean over the structures that both know is higher on the cases that show them, or
     one structure was found much better (``MUCH_WORSE``) by it or by one before it. What the candidate alone knows never
-    makes up for that. A person decides where the cases show only what the published model does not know, and where
-    their labels have changed so that it is much worse by them than it was. Where the published model's file cannot be
+    makes up for that. A person decides where the cases show only what the published model does not know, where their
+    labels have changed so that it is much worse by them than it was, and where no label shows a structure any more that
+    it has learned. Where the published model's file cannot be
     used any more, the one before takes its place. Where nothing is held out, the published one stays where its own
     cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
@@ -193,9 +196,25 @@ def judge(
     rivals = [*([current] if current else []), *reversed(Versions(project).before_present())]
     if not rivals:
         return Verdict(True, "published: the first model", in_service)
+    verdict = _compared(measured, held_out, labels, config, project, rivals, cache)
+    if verdict.published and (gone := _gone(measured, rivals)):
+        verdict = _without_labels(*gone)
+    return replace(verdict, current=in_service)
+
+
+def _compared(
+    measured: Measured,
+    held_out: Sequence[Case],
+    labels: LabelMap,
+    config: AppConfig,
+    project: Project,
+    rivals: Sequence[Path],
+    cache: SliceCache | None,
+) -> Verdict:
+    """The verdict on figures, against the first of ``rivals`` that can still be used."""
     if not held_out:
         nothing = "nothing is held out to compare on yet"
-        return replace(_by_cross_validation(measured.crossed, labels, rivals, nothing), current=in_service)
+        return _by_cross_validation(measured.crossed, labels, rivals, nothing)
     for file in rivals:
         if (rival := _load_on_its_base(file, config)) is not None:
             other = measure_cases(rival, held_out, labels, cache)[0]
@@ -206,9 +225,28 @@ def judge(
                 verdict = _by_cross_validation(measured.crossed, labels, [file], nothing)
             if verdict.published and (fallen := _fallen(rival.info, held_out, other)):
                 verdict = _relabelled(fallen, file.stem)
-            return replace(verdict, current=in_service)
+            return verdict
     reason = f"published without a comparison: {rivals[0].stem} is damaged, or its base weights are not here any more"
-    return Verdict(True, reason, in_service)
+    return Verdict(True, reason, None)
+
+
+def _gone(measured: Measured, rivals: Sequence[Path]) -> tuple[str, list[str]] | None:
+    """The last model that can be read, and the structures that labels showed when it was made and none shows now."""
+    infos = ((file.stem, info) for file in rivals if (info := read_info_if_readable(file)) is not None)
+    version, info = next(infos, ("", None))
+    now = {same_name(name) for name in measured.drawn}
+    before = info.training.get("drawn", []) if info else []
+    names = [name for name in before if same_name(name) not in now]
+    return (version, names) if names else None
+
+
+def _without_labels(current: str, names: Sequence[str]) -> Verdict:
+    """Renamed by mistake, or given up; only a person can tell."""
+    reason = (
+        f"not published, no label shows {', '.join(names)} any more, which {current} has learned; submit labels with "
+        "that name again, or if it is given up or renamed, `samadapt models promote` puts this one in service"
+    )
+    return Verdict(False, reason, current)
 
 
 def _fallen(info: ModelInfo, held_out: Sequence[Case], now: CaseDice) -> dict[str, tuple[float, float]]:

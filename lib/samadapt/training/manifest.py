@@ -54,6 +54,7 @@ def manifest(
         "cases": [case.id for case in training],
         "held_out": [case.id for case in held_out],
         "label_sha256": label_hashes,
+        "drawn": measured.drawn,
         "weights": config.weights.name if config.weights else f"{model.info.backbone}'s own",
         "settings": dataclasses.asdict(config),
         "held_out_dice": mean_by_class(list(scores.values())),

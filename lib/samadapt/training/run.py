@@ -166,6 +166,7 @@ class _Training:
         self._project = project
         self._log = log
         self._measurable = False
+        self._drawn: tuple[str, ...] = ()
         self._cache = SliceCache(project.cache, config.cache_gib)
 
     def run(self) -> TrainResult:
@@ -177,6 +178,8 @@ class _Training:
         if start is not None:
             model.load_trained(start)
         prepared = self._prepare(model)
+        drawn = {index for case in prepared for index in case.slices_of}
+        self._drawn = tuple(name for index, name in enumerate(self._labels.names, start=1) if index in drawn)
         learning, checking = self._shared_out(prepared, model.info.recipe.seed)
         refuse_empty(learning, self._labels)
         synthetic = _synthetic(learning, model.info.recipe)
@@ -412,7 +415,7 @@ class _Training:
 
     def _measure(self, model: AdaptedModel, crossed: CrossValidation | None = None) -> Measured:
         true, expected = measure_cases(model, self._held_out, self._labels, self._cache)
-        return Measured(true, crossed, expected, self._measurable)
+        return Measured(true, crossed, expected, self._measurable, self._drawn)
 
     def _decide(
         self,
