@@ -445,6 +445,19 @@ def test_a_training_whose_labels_teach_clearly_less_is_refused(studies, monkeypa
     assert [version.verdict for version in Versions(project).all()] == ["published", "refused"]
 
 
+def test_a_training_after_all_labels_of_a_structure_were_renamed_is_refused(studies):
+    cases, project = find_cases(studies)[:2], Project(studies)
+    first = train(cases, LABELS, settings_for(1, max_train_minutes="1"), project)
+    assert read_info(first.model).training["drawn"] == ["bright", "dark"]
+    renamed = [dataclasses.replace(case, values={1: "bright", 2: "drak"}) for case in cases]
+    settings = settings_for(1, max_train_minutes="1")
+    second = train(renamed, LabelMap(("bright", "dark", "drak")), settings, project)
+    assert "no label shows dark any more, which v0001 has learned" in second.reason
+    assert project.published() == first.model
+    Versions(project).promote(second.model.stem, "somebody", settings)
+    assert train(renamed, LabelMap(("bright", "dark", "drak")), settings, project).published  # a person has decided
+
+
 def test_short_trainings_are_not_cross_validated_and_this_is_said(studies):
     result = train(find_cases(studies)[:1], LABELS, settings_for(1, max_train_minutes="1"), Project(studies))
     assert result.cross_validation is None
