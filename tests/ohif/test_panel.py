@@ -173,7 +173,7 @@ def test_trainings_are_paused_stopped_and_refused(viewer, server):
     viewer.picture("method")
     with viewer.page.expect_request(lambda request: request.url.endswith("/train/")) as asked:
         start.click()
-    assert asked.value.post_data_json == {"recipe": "s_sam"}
+    assert asked.value.post_data_json == {"samadapt": {"recipe": "s_sam"}}
     stop.click(timeout=TRAINING_MS)
     start.wait_for()
     method.select_option("unet")

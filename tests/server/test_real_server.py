@@ -469,6 +469,11 @@ def test_training_settings_are_checked_before_anything_starts(server, params):
     assert_explains(requests.post(f"{server.url}/train/samadapt", json=params, timeout=30))
 
 
+def test_a_setting_beside_the_trainers_is_not_passed_over(server):
+    reply = requests.post(f"{server.url}/train/", json={"recipe": "samed"}, timeout=30)
+    assert "/train/samadapt" in assert_explains(reply)["remedy"]
+
+
 def test_files_dropped_into_the_folder_are_found(client, server, images):
     copy = server.studies / "dropped.nii.gz"
     copy.write_bytes((server.studies / f"{images[0]}.nii.gz").read_bytes())

@@ -9,10 +9,10 @@ const RECIPE = 'samadapt-recipe';
 export function trainingSection(status, refresh) {
   const view = makeView();
   let running = false;
+  let trainer = '';
   const start = async () => {
     status.say('The training starts …');
-    const recipe = view.recipe.value;
-    await requestJson('train/', { method: 'POST', json: recipe ? { recipe } : {} });
+    await requestJson('train/', { method: 'POST', json: trainer ? { [trainer]: { recipe: view.recipe.value } } : {} });
   };
   const stop = async () => {
     status.say('The training stops …');
@@ -30,7 +30,8 @@ export function trainingSection(status, refresh) {
     view.start.textContent = running ? 'Stop training' : 'Update model';
     showProgress(view, stats, running);
     showAutomatic(view, info.auto_train);
-    showRecipes(view, Object.values(info.trainers)[0].recipes);
+    [trainer] = Object.keys(info.trainers);
+    showRecipes(view, info.trainers[trainer].recipes);
     showAhead(view.ahead, info.embedded_ahead);
     if (before && !running) sayEnd(status, stats);
     return { running, ended: before && !running };

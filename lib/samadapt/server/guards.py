@@ -33,7 +33,7 @@ from samadapt.dicomweb import child
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.datastore import check_text
-from samadapt.server.train import asked_for
+from samadapt.server.train import PROMOTE, SETTINGS, asked_for
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -194,10 +194,16 @@ def _sample(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., An
 
 
 def _train_all(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[..., Any]:
-    """``POST /train/``: the body holds one entry per trainer; OHIF sends ``{}``."""
+    """``POST /train/``: the body holds one entry per trainer; OHIF's bundled panel sends ``{}``."""
 
     @functools.wraps(handler)
     def checked(params: dict[str, Any] | None = None, run_sync: bool | None = False) -> Any:
+        if misplaced := [key for key in params or {} if key in (*SETTINGS, PROMOTE)]:
+            raise InputError(
+                "POST /train/ takes settings by trainer",
+                where=misplaced[0],
+                remedy=f"Send them to POST /train/{next(iter(app._trainers))}, or in an object of that name.",
+            )
         for trainer in app._trainers.values():
             _check_training(trainer, (params or {}).get(trainer.name), app)
         return handler(params, run_sync)
