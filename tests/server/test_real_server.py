@@ -469,6 +469,10 @@ def test_training_settings_are_checked_before_anything_starts(server, params):
     assert_explains(requests.post(f"{server.url}/train/samadapt", json=params, timeout=30))
 
 
+def test_inference_without_an_image_is_explained(server):
+    assert_explains(requests.post(f"{server.url}/infer/samadapt", data={"params": "{}"}, timeout=30))
+
+
 def test_a_setting_beside_the_trainers_is_not_passed_over(server):
     reply = requests.post(f"{server.url}/train/", json={"recipe": "samed"}, timeout=30)
     assert "/train/samadapt" in assert_explains(reply)["remedy"]

@@ -61,7 +61,7 @@ def install(server: FastAPI, app: MONAILabelApp) -> None:
     ):
         setattr(module, name, _with_json_object(getattr(module, name)))
     datastore.download_image = _once_here(datastore.download_image, app)
-    infer.run_inference = _without_scribbles(infer.run_inference)
+    infer.run_inference = _on_an_image(_without_scribbles(infer.run_inference))
     activelearning.sample = _sample(activelearning.sample, app)
     train.run = _train_all(train.run, app)
     train.run_model = _train_one(train.run_model, app)
@@ -170,6 +170,20 @@ def _without_scribbles(handler: Callable[..., Any]) -> Callable[..., Any]:
                 where="label",
                 remedy="Use samadapt_click or samadapt_click_3d: click on the structure, or draw a box around it.",
             )
+        return handler(*args, **kwargs)
+
+    return checked
+
+
+def _on_an_image(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Say it where a request names no image, which the host calls an error of its own (500)."""
+    signature = inspect.signature(handler)
+
+    @functools.wraps(handler)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if not any(given.get(name) for name in ("image", "file", "session_id")):
+            raise InputError("no image is named", where="image", remedy="Add ?image=ID, or send a file.")
         return handler(*args, **kwargs)
 
     return checked
