@@ -57,6 +57,11 @@ def test_a_recipe_that_the_server_s_settings_do_not_fit_is_refused(task, recipe,
         task.check({"recipe": recipe}, LABELLED)
 
 
+def test_settings_in_an_object_of_the_trainer_s_name_are_not_passed_over(task):
+    with pytest.raises(ConfigError, match="samadapt"):
+        task.check({"samadapt": {"recipe": "s_sam"}}, LABELLED)
+
+
 def test_a_viewer_may_put_a_version_in_service_in_place_of_a_training(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("samadapt.versions._require_loadable", lambda version, config: None)
     project = Project(tmp_path)

@@ -40,7 +40,8 @@ NICENESS = 10
 
 Report = Callable[[dict[str, Any]], None]
 
-_FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
+FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
+"""What the host and its viewers put into a request beside the settings."""
 
 
 class TrainSamAdapt(TrainTask):
@@ -106,7 +107,7 @@ class TrainSamAdapt(TrainTask):
             InputError: there is no version of the name that is to be put in service.
             StateError: nothing to learn from yet, or that version is in service already.
         """
-        known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, PROMOTE, self.name)}
+        known = {key: value for key, value in request.items() if key not in (*FROM_THE_HOST, PROMOTE)}
         if RECIPE in known:
             known[RECIPE] = _chosen(known[RECIPE])
         config = self._with(known)
