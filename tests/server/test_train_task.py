@@ -57,6 +57,13 @@ def test_a_recipe_that_the_server_s_settings_do_not_fit_is_refused(task, recipe,
         task.check({"recipe": recipe}, LABELLED)
 
 
+def test_blocks_that_the_encoder_does_not_have_are_refused_before_the_training(tmp_path):
+    labels = SimpleNamespace(current=lambda: LabelMap(("liver",)))
+    task = TrainSamAdapt("samadapt", AppConfig.from_strings({"blocks": "99"}), Project(tmp_path), labels)
+    with pytest.raises(ConfigError, match="blocks"):
+        task.check({}, LABELLED)
+
+
 def test_settings_in_an_object_of_the_trainer_s_name_are_not_passed_over(task):
     with pytest.raises(ConfigError, match="samadapt"):
         task.check({"samadapt": {"recipe": "s_sam"}}, LABELLED)

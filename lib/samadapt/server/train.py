@@ -111,6 +111,7 @@ class TrainSamAdapt(TrainTask):
         if RECIPE in known:
             known[RECIPE] = _chosen(known[RECIPE])
         config = self._with(known)
+        recipes.check(config)
         if (wanted := _wanted_version(request)) is not None:
             if self._versions.get(wanted).in_service:
                 raise StateError(

@@ -116,9 +116,11 @@ def train(
         progress: called with the same records as ``project.status()`` gives.
 
     Raises:
+        ConfigError: the recipe does not take one of the settings.
         StateError: no labelled case, no label of ``labels`` in any of them, or another training of this folder runs.
         InputError: a case that cannot be read; the message names it.
     """
+    recipes.check(config)
     with _alone(project):
         log = _Status(project, progress)
         try:
