@@ -163,6 +163,8 @@ class TrainSamAdapt(TrainTask):
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train, or put a version in service; everything printed here reaches ``GET /train/`` as ``details``."""
+        # Of POST /train/ the host hands on the whole body, too, whose object for this trainer it has unfolded already.
+        request = {key: value for key, value in request.items() if key != self.name}
         config = self.check(request, datastore)
         if (wanted := _wanted_version(request)) is not None:
             done = self._versions.promote(wanted, "a viewer", config)
