@@ -265,6 +265,16 @@ def test_recipes(run):
     assert {"lora", "samed", "s_sam", "sam_lst", "autosam_vit", "unet", "peft/dora"} <= {r["name"] for r in counted}
 
 
+def test_a_folder_without_clip_is_refused_before_the_cases_are_prepared(run, studies, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(
+        "train", studies, "--labels", "a,b", "--recipe", "s_sam", "--conf", f"clip={tmp_path / 'empty'}", *QUICK
+    )
+    assert code == 3
+    assert "clip-vit-base-patch32" in err
+    assert "preparing case" not in err
+
+
 def test_the_names_of_recipes_stay_whole_in_a_pipe(run):
     _, out, _ = run("recipes", "--reference")
     assert "ft/lite_medsam/encoder+decoder/vanilla" in out

@@ -89,7 +89,7 @@ def terminal(*, as_json: bool) -> Iterator[Terminal]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table; the first column is text and kept in one line where it can be, numbers stand to the right in the others."""
+    """A table; the first column is text, kept in one line where it can be; numbers in others stand to the right."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if number and _numeric(rows, number) else "left"

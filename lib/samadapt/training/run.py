@@ -179,6 +179,7 @@ class _Training:
         start = _starting_point(self._project, model)
         if start is not None:
             model.load_trained(start)
+        model.head.require_complete()  # before minutes are spent on preparing the cases
         prepared = self._prepare(model)
         drawn = {index for case in prepared for index in case.slices_of}
         self._drawn = tuple(name for index, name in enumerate(self._labels.names, start=1) if index in drawn)
