@@ -13,7 +13,9 @@ from filelock import FileLock
 
 from make_dicom import write_rtstruct, write_stack
 from samadapt import cli
+from samadapt.config import AppConfig
 from samadapt.dicomweb.child import Child
+from samadapt.errors import ConfigError
 from samadapt.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +98,8 @@ def test_version(run):
         (["evaluate", "nowhere"], 2, "no such folder"),
         (["serve", "--studies", "nowhere"], 2, "no such folder"),
         (["serve", "--studies", "EMPTY", "--port", "0"], 2, "--port"),
+        (["serve", "--studies", "EMPTY", "--conf", "blocks=99"], 2, "[99] cannot be adapted"),
+        (["serve", "--studies", "EMPTY", "--conf", "recipe=unet", "--conf", "blocks=late"], 2, "leaves every block"),
         (["serve", "--studies", "EMPTY", "--host", "not.a.host.invalid"], 4, "cannot be listened on"),
         (["recipes", "--backbone", "sam"], 2, "lite_medsam"),
         (["doctor", "--conf", "weights=nowhere.pth"], 2, "No such file"),
@@ -259,6 +263,27 @@ def test_recipes(run):
     counted = [recipe for recipe in found if recipe["trainable_parameters"] is not None]
     assert all(0 < recipe["trainable_parameters"] <= recipe["parameters"] for recipe in counted)
     assert {"lora", "samed", "s_sam", "sam_lst", "autosam_vit", "unet", "peft/dora"} <= {r["name"] for r in counted}
+
+
+def test_a_folder_without_clip_is_refused_before_the_cases_are_prepared(run, studies, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(
+        "train", studies, "--labels", "a,b", "--recipe", "s_sam", "--conf", f"clip={tmp_path / 'empty'}", *QUICK
+    )
+    assert code == 3
+    assert "clip-vit-base-patch32" in err
+    assert "preparing case" not in err
+
+
+def test_the_names_of_recipes_stay_whole_in_a_pipe(run):
+    _, out, _ = run("recipes", "--reference")
+    assert "ft/lite_medsam/encoder+decoder/vanilla" in out
+
+
+@pytest.mark.parametrize(("word", "meant"), [("SAMed", "samed"), ("S-SAM", "s_sam"), ("AutoSAM_CNN", "autosam_cnn")])
+def test_a_recipe_may_be_looked_for_as_its_paper_writes_it(word, meant):
+    with pytest.raises(ConfigError, match=f"Did you mean '{meant}'"):
+        AppConfig.from_strings({"recipe": word})
 
 
 def test_parameter_counts_in_the_papers_form(run):

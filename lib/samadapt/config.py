@@ -36,7 +36,13 @@ def closest(word: str, known: Sequence[str], shown: Sequence[str] | None = None)
 
 def most_like(word: str, known: Sequence[str]) -> str | None:
     """What a word that is none of ``known`` may have been meant for; None where nothing is like it."""
-    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+    plain = {_plainly(name): name for name in reversed(known)}
+    return next((plain[like] for like in difflib.get_close_matches(_plainly(word), plain, n=1)), None)
+
+
+def _plainly(name: str) -> str:
+    """For comparison alone: as a paper writes a method's name, or somebody a structure's, differs in this."""
+    return name.casefold().replace("-", "_").replace(" ", "_")
 
 
 def _one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:

@@ -330,6 +330,21 @@ def configured(config: AppConfig) -> Recipe:
     return recipe
 
 
+def check(config: AppConfig) -> None:
+    """Refuse before anything is read what ``build`` would refuse later.
+
+    Raises:
+        ConfigError: as ``configured``, or a block that the encoder does not have or that cannot be adapted.
+    """
+    recipe = configured(config)
+    if isinstance(config.blocks, tuple):
+        try:
+            count(recipe, 1, config.backbone)
+        except ConfigError as error:
+            if error.where == "blocks":  # the others: a tuner of peft that needs weights to be built
+                raise
+
+
 def _published_form(name: str) -> Recipe:
     if name not in papers():
         raise ConfigError(

@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+FILE_WIDTH = 200
+"""Of tables in characters where standard output is a file or a pipe, so that names can be searched for and copied."""
 
 
 class Terminal:
@@ -27,7 +31,8 @@ class Terminal:
     def __init__(self, stdout: TextIO, *, as_json: bool) -> None:
         self._stdout = stdout
         self._as_json = as_json
-        self._results = Console(file=stdout, highlight=False, soft_wrap=True)
+        width = None if stdout.isatty() else int(os.environ.get("COLUMNS", FILE_WIDTH))
+        self._results = Console(file=stdout, width=width, highlight=False, soft_wrap=True)
         self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -84,10 +89,11 @@ def terminal(*, as_json: bool) -> Iterator[Terminal]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table; the first column is text, numbers stand to the right in the others."""
+    """A table; the first column is text, kept in one line where it can be; numbers in others stand to the right."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="right" if number and _numeric(rows, number) else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if number and _numeric(rows, number) else "left"
+        shown.add_column(column, justify=justify, overflow="fold", no_wrap=not number)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -73,3 +73,21 @@ def test_who_asks_for_a_case_gives_a_name_or_none(client):
     app = SimpleNamespace(_strategies={"first": None})
     with pytest.raises(InputError, match="client_id"):
         guards._sample(lambda *args: pytest.fail("asked on"), app)("first", {"client_id": client})
+
+
+def train_all(params):
+    trainer = SimpleNamespace(check=lambda params, datastore: None, name="samadapt")
+    app = SimpleNamespace(_trainers={"samadapt": trainer}, datastore=lambda: None)
+    return guards._train_all(lambda params, run_sync: params, app)(params)
+
+
+@pytest.mark.parametrize("params", [{"samadap": {"recipe": "s_sam"}}, {"max_step": 5}, {"recipe": "s_sam"}])
+def test_what_belongs_to_no_trainer_is_refused_when_all_are_asked_to_train(params):
+    with pytest.raises(InputError, match=next(iter(params))) as refused:
+        train_all(params)
+    assert "/train/samadapt" in str(refused.value)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"client_id": "me"}, {"samadapt": {"max_steps": 5}, "client_id": "me"}])
+def test_what_viewers_send_to_train_all_is_taken(params):
+    assert train_all(params) == params

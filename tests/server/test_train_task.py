@@ -57,6 +57,24 @@ def test_a_recipe_that_the_server_s_settings_do_not_fit_is_refused(task, recipe,
         task.check({"recipe": recipe}, LABELLED)
 
 
+def test_blocks_that_the_encoder_does_not_have_are_refused_before_the_training(tmp_path):
+    labels = SimpleNamespace(current=lambda: LabelMap(("liver",)))
+    task = TrainSamAdapt("samadapt", AppConfig.from_strings({"blocks": "99"}), Project(tmp_path), labels)
+    with pytest.raises(ConfigError, match="blocks"):
+        task.check({}, LABELLED)
+
+
+def test_settings_in_an_object_of_the_trainer_s_name_are_not_passed_over(task):
+    with pytest.raises(ConfigError, match="samadapt"):
+        task.check({"samadapt": {"recipe": "s_sam"}}, LABELLED)
+
+
+def test_the_host_hands_the_trainer_s_own_object_on_beside_what_is_in_it(task):
+    request = {"model": "samadapt", "samadapt": {"max_steps": 5}, "max_steps": 5}  # of POST /train/
+    with pytest.raises(StateError, match="no image is labelled"):
+        task(request, SimpleNamespace(get_labeled_images=lambda: []))
+
+
 def test_a_viewer_may_put_a_version_in_service_in_place_of_a_training(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("samadapt.versions._require_loadable", lambda version, config: None)
     project = Project(tmp_path)

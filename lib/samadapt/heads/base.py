@@ -47,6 +47,13 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def require_complete(self) -> None:
+        """Nothing, unless a file is missing without which it answers nothing.
+
+        Raises:
+            WeightsError: which one.
+        """
+
     def copied(self) -> set[str]:
         """Names of tensors that are still byte for byte the base's and never learn, so a model file leaves them out."""
         return set()

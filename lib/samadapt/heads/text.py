@@ -106,14 +106,18 @@ class TextDecoderHead(Head):
     def copied(self) -> set[str]:
         return {f"labels.{name}" for name, p in self.labels.named_parameters() if not p.requires_grad}
 
+    def require_complete(self) -> None:
+        """As ``Head.require_complete``: the text encoder is missing, and no model file has brought its vectors."""
+        if self._missing is not None and self.vectors.isnan().any():
+            raise self._missing
+
     def class_logits(self, embeddings: Tensor, prompt_encoder: PromptEncoder) -> Tensor:
         """As ``Head.class_logits``.
 
         Raises:
             WeightsError: the text encoder is missing, and no model file has brought its vectors.
         """
-        if self._missing is not None and self.vectors.isnan().any():
-            raise self._missing
+        self.require_complete()
         empty, dense = prompt_encoder(None, None, None)
         names = self.affine(self.vectors)[:, None]
         prompts = torch.cat([empty.expand(len(names), -1, -1), names], dim=1)

@@ -33,7 +33,7 @@ from samadapt.dicomweb import child
 from samadapt.errors import InputError, SamAdaptError
 from samadapt.server import endpoints, ohif, origins, proxy, submissions, threads, versions
 from samadapt.server.datastore import check_text
-from samadapt.server.train import PROMOTE, SETTINGS, asked_for
+from samadapt.server.train import FROM_THE_HOST, asked_for
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -212,9 +212,9 @@ def _train_all(handler: Callable[..., Any], app: MONAILabelApp) -> Callable[...,
 
     @functools.wraps(handler)
     def checked(params: dict[str, Any] | None = None, run_sync: bool | None = False) -> Any:
-        if misplaced := [key for key in params or {} if key in (*SETTINGS, PROMOTE)]:
+        if misplaced := [key for key in params or {} if key not in (*app._trainers, *FROM_THE_HOST)]:
             raise InputError(
-                "POST /train/ takes settings by trainer",
+                "POST /train/ takes settings by trainer, and this is none",
                 where=misplaced[0],
                 remedy=f"Send them to POST /train/{next(iter(app._trainers))}, or in an object of that name.",
             )

@@ -18,6 +18,10 @@ from samadapt.errors import InputError, StateError
 APP_DIR = Path(__file__).resolve().parents[3] / "apps" / "samadapt"
 
 
+_NEEDS_RECIPE = {"recipe", "blocks", "form", "clip", "ladder_weights", "synthetic_share"}
+"""Settings that not every recipe takes."""
+
+
 def command(
     studies: str | Path, host: str = "127.0.0.1", port: int = 8000, conf: Mapping[str, str] | None = None
 ) -> list[str]:
@@ -26,12 +30,16 @@ def command(
     Not the script ``monailabel``: that one takes whichever ``python`` is first on PATH and splits arguments at spaces.
 
     Raises:
-        ConfigError: ``conf`` has an unknown key or a bad value.
+        ConfigError: ``conf`` has an unknown key or a bad value, or values that do not go together.
         InputError: the app is not where the library expects it.
     """
     if not (APP_DIR / "main.py").is_file():
         raise InputError("the app is missing", where=APP_DIR, remedy="Run from a complete checkout of the project.")
-    AppConfig.from_strings(conf or {})
+    config = AppConfig.from_strings(conf or {})
+    if conf and not _NEEDS_RECIPE.isdisjoint(conf):
+        from samadapt import recipes  # torch: seconds, which a server without these settings need not wait for
+
+        recipes.check(config)
     words = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP_DIR), "--studies", str(studies)]
     words += ["--host", host, "--port", str(port)]
     for key, value in (conf or {}).items():

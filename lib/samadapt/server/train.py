@@ -40,7 +40,8 @@ NICENESS = 10
 
 Report = Callable[[dict[str, Any]], None]
 
-_FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
+FROM_THE_HOST = ("model", "name", "client_id", "device", "gpus", "multi_gpu", "local_rank")
+"""What the host and its viewers put into a request beside the settings."""
 
 
 class TrainSamAdapt(TrainTask):
@@ -106,10 +107,11 @@ class TrainSamAdapt(TrainTask):
             InputError: there is no version of the name that is to be put in service.
             StateError: nothing to learn from yet, or that version is in service already.
         """
-        known = {key: value for key, value in request.items() if key not in (*_FROM_THE_HOST, PROMOTE, self.name)}
+        known = {key: value for key, value in request.items() if key not in (*FROM_THE_HOST, PROMOTE)}
         if RECIPE in known:
             known[RECIPE] = _chosen(known[RECIPE])
         config = self._with(known)
+        recipes.check(config)
         if (wanted := _wanted_version(request)) is not None:
             if self._versions.get(wanted).in_service:
                 raise StateError(
@@ -161,6 +163,8 @@ class TrainSamAdapt(TrainTask):
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train, or put a version in service; everything printed here reaches ``GET /train/`` as ``details``."""
+        # Of POST /train/ the host hands on the whole body, too, whose object for this trainer it has unfolded already.
+        request = {key: value for key, value in request.items() if key != self.name}
         config = self.check(request, datastore)
         if (wanted := _wanted_version(request)) is not None:
             done = self._versions.promote(wanted, "a viewer", config)

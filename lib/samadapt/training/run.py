@@ -116,9 +116,11 @@ def train(
         progress: called with the same records as ``project.status()`` gives.
 
     Raises:
+        ConfigError: the recipe does not take one of the settings.
         StateError: no labelled case, no label of ``labels`` in any of them, or another training of this folder runs.
         InputError: a case that cannot be read; the message names it.
     """
+    recipes.check(config)
     with _alone(project):
         log = _Status(project, progress)
         try:
@@ -177,6 +179,7 @@ class _Training:
         start = _starting_point(self._project, model)
         if start is not None:
             model.load_trained(start)
+        model.head.require_complete()  # before minutes are spent on preparing the cases
         prepared = self._prepare(model)
         drawn = {index for case in prepared for index in case.slices_of}
         self._drawn = tuple(name for index, name in enumerate(self._labels.names, start=1) if index in drawn)
