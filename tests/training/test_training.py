@@ -419,6 +419,7 @@ def test_training_learns_publishes_and_reports(studies):
     assert [r["epoch"] for r in records] == sorted(r["epoch"] for r in records)
     assert records[0]["state"] == "running"
     assert project.status()["state"] == "done"
+    assert project.status()["best_metric"] == pytest.approx(result.interval.mean)
     losses = [r["loss"] for r in info.training["rounds"]]
     assert losses[-1] < 0.8 * losses[0]
     model = AdaptedModel.load(result.model)

@@ -214,9 +214,12 @@ class _Training:
         crossed = self._cross_validate(plan, learning, budget, remarks)
         result = self._publish(model, done, parent, crossed, remarks)
         trainer.forget()
+        # The best of the early looks, at the model's own size, gives way to what the result has on the native grid.
+        best = {"best_metric": result.interval.mean} if result.interval else {}
         self._log.end(
             "done",
             result.reason,
+            **best,
             dice=result.dice,
             published=result.published,
             refused=None if result.published else result.reason,
