@@ -263,6 +263,8 @@ def test_recipes(run):
     counted = [recipe for recipe in found if recipe["trainable_parameters"] is not None]
     assert all(0 < recipe["trainable_parameters"] <= recipe["parameters"] for recipe in counted)
     assert {"lora", "samed", "s_sam", "sam_lst", "autosam_vit", "unet", "peft/dora"} <= {r["name"] for r in counted}
+    clicks = {recipe["name"]: recipe["takes_prompts"] for recipe in counted}
+    assert (clicks["lora_late"], clicks["s_sam"], clicks["autosam_vit"]) == (True, False, False)
 
 
 def test_a_folder_without_clip_is_refused_before_the_cases_are_prepared(run, studies, tmp_path):

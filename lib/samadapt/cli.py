@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -632,14 +632,16 @@ def recipes(
                 found.append(
                     {"name": name, "summary": recipe.summary, **_counts(recipe, classes, backbone, image_size)}
                 )
-        rows = [
-            [r["name"], r["summary"], r["backbone"], f"{r['trainable_parameters']:,}", f"{r['percent']:.2f}"]
-            if r["trainable_parameters"] is not None
-            else [r["name"], r["summary"], r["backbone"], "?", "?"]
-            for r in found
-        ]
+        rows = [[r["name"], r["summary"], r["backbone"], *_counted(r)] for r in found]
         title = f"Recipes for {classes} structure{'s' if classes > 1 else ''}"
-        out.result(found, table(title, ["recipe", "what it does", "backbone", "trains", "% of all"], rows))
+        out.result(found, table(title, ["recipe", "what it does", "backbone", "trains", "% of all", "clicks"], rows))
+
+
+def _counted(found: Mapping[str, Any]) -> list[str]:
+    """What it trains, in figures and per cent, and whether it takes clicks, for people."""
+    if found["trainable_parameters"] is None:
+        return ["?"] * 3
+    return [f"{found['trainable_parameters']:,}", f"{found['percent']:.2f}", "yes" if found["takes_prompts"] else "no"]
 
 
 def _counts(recipe: Recipe, classes: int, backbone: str, image_size: int | None) -> dict[str, Any]:

@@ -373,7 +373,8 @@ def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = 
 
     Returns:
         ``backbone``, ``trainable_parameters``, ``encoder_parameters`` (those of them in or beside the encoder),
-        ``parameters`` (all that the model runs with) and ``percent``.
+        ``parameters`` (all that the model runs with), ``percent``, and ``takes_prompts``: whether the adapted model
+        answers points and boxes, or leaves them to the plain one.
 
     Raises:
         ConfigError: the recipe does not fit the backbone, or is one of peft's tuners that need weights to be made.
@@ -395,6 +396,7 @@ def count(recipe: Recipe, classes: int, backbone: str, image_size: int | None = 
         "encoder_parameters": sum(size for key, size in sizes.items() if not key.startswith("head.")),
         "parameters": total,
         "percent": 100 * trained / total,
+        "takes_prompts": model.takes_prompts,
     }
 
 
