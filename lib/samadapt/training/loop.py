@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -153,6 +154,7 @@ class Trainer:
         self._started = time.monotonic()
         self._report(self.progress)
         engine = Engine(self._step)
+        engine.logger.setLevel(logging.CRITICAL)  # what goes wrong in it is said by whoever called it
         engine.add_event_handler(Events.ITERATION_STARTED, self._set_learning_rate)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         remaining = self._budget.steps - self.progress.step
