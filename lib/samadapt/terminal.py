@@ -31,7 +31,7 @@ class Terminal:
     def __init__(self, stdout: TextIO, *, as_json: bool) -> None:
         self._stdout = stdout
         self._as_json = as_json
-        width = None if stdout.isatty() else int(os.environ.get("COLUMNS", FILE_WIDTH))
+        width = None if stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH  # None: rich finds it out
         self._results = Console(file=stdout, width=width, highlight=False, soft_wrap=True)
         self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -75,15 +75,12 @@ class TrainSamAdapt(TrainTask):
     @functools.cached_property
     def _recipes(self) -> dict[str, str]:
         """Recipes that the other settings fit, each with its summary; the server's own first."""
-        own = self._settings.recipe
-        ordered = sorted(
-            recipes.names(), key=lambda name: name != own
-        )  # stable: the others stay as the registry has them
+        ordered = dict.fromkeys([self._settings.recipe, *recipes.names()])
         return {name: recipes.get(name).summary for name in ordered if self._fits(name)}
 
     def _fits(self, recipe: str) -> bool:
         try:
-            self._with({RECIPE: recipe})
+            recipes.configured(self._with({RECIPE: recipe}))
         except ConfigError:
             return False
         return True
@@ -92,12 +89,10 @@ class TrainSamAdapt(TrainTask):
         """The server's settings with those of a request.
 
         Raises:
-            ConfigError: an unknown setting, a bad value, or a recipe that the other settings do not fit.
+            ConfigError: an unknown setting, a bad value, or a recipe of another backbone.
         """
         parsed = {"backbone": self._settings.backbone, **parse_values(values, SETTINGS)}
-        config = dataclasses.replace(self._settings, **with_backbone(parsed))
-        recipes.configured(config)  # refuses now what the training would refuse later
-        return config
+        return dataclasses.replace(self._settings, **with_backbone(parsed))
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> AppConfig:
         """The settings of a training that can start now.
@@ -111,7 +106,7 @@ class TrainSamAdapt(TrainTask):
         if RECIPE in known:
             known[RECIPE] = _chosen(known[RECIPE])
         config = self._with(known)
-        recipes.check(config)
+        recipes.check(config)  # refuses now what the training would refuse later
         if (wanted := _wanted_version(request)) is not None:
             if self._versions.get(wanted).in_service:
                 raise StateError(

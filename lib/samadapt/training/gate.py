@@ -179,9 +179,9 @@ def judge(
     one structure was found much better (``MUCH_WORSE``) by it or by one before it. What the candidate alone knows never
     makes up for that. A person decides where the cases show only what the published model does not know, where their
     labels have changed so that it is much worse by them than it was, and where no label shows a structure any more that
-    it has learned. Where the published model's file cannot be
-    used any more, the one before takes its place. Where nothing is held out, the published one stays where its own
-    cross-validation was clearly better, see ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
+    it has learned. Where the published model's file cannot be used any more, the one before takes its place. Where
+    nothing is held out, the published one stays where its own cross-validation was clearly better, see
+    ``CLEARLY_WORSE``. Where nothing can be compared, the candidate may answer.
 
     Args:
         measured: how well the candidate finds its classes.
@@ -232,12 +232,17 @@ def _compared(
 
 def _gone(measured: Measured, rivals: Sequence[Path]) -> tuple[str, list[str]] | None:
     """The last model that can be read, and the structures that labels showed when it was made and none shows now."""
-    infos = ((file.stem, info) for file in rivals if (info := read_info_if_readable(file)) is not None)
-    version, info = next(infos, ("", None))
+    version, info = _first_readable(rivals)
     now = {same_name(name) for name in measured.drawn}
     before = info.training.get("drawn", []) if info else []
     names = [name for name in before if same_name(name) not in now]
     return (version, names) if names else None
+
+
+def _first_readable(files: Sequence[Path]) -> tuple[str, ModelInfo | None]:
+    """The first model whose header can be read, and that; where none can, the first's name and None."""
+    readable = ((file.stem, info) for file in files if (info := read_info_if_readable(file)) is not None)
+    return next(readable, (files[0].stem, None))
 
 
 def _without_labels(current: str, names: Sequence[str]) -> Verdict:
@@ -420,8 +425,7 @@ def _by_cross_validation(
 ) -> Verdict:
     """The verdict on cross-validated figures of what both know; ``nothing`` says why it takes these."""
     unknown = f"published: {nothing}"
-    readable = ((file.stem, info) for file in rivals if (info := read_info_if_readable(file)) is not None)
-    current, info = next(readable, (rivals[0].stem, None))
+    current, info = _first_readable(rivals)
     if info is None:
         return Verdict(True, f"{unknown}, and {current} is damaged", current)
     shared = [name for name in labels.names if info.labels.find(name) is not None]
