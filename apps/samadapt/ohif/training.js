@@ -10,6 +10,14 @@ export function trainingSection(status, refresh) {
   const view = makeView();
   let running = false;
   let trainer = '';
+  let summaries = {};
+  const describe = () => {
+    view.summary.textContent = capital(summaries[view.recipe.value]);
+  };
+  view.recipe.addEventListener('change', () => {
+    sessionStorage.setItem(RECIPE, view.recipe.value);
+    describe();
+  });
   const start = async () => {
     status.say('The training starts …');
     await requestJson('train/', { method: 'POST', json: trainer ? { [trainer]: { recipe: view.recipe.value } } : {} });
@@ -31,7 +39,9 @@ export function trainingSection(status, refresh) {
     showProgress(view, stats, running);
     showAutomatic(view, info.auto_train);
     [trainer] = Object.keys(info.trainers);
-    showRecipes(view, info.trainers[trainer].recipes);
+    summaries = info.trainers[trainer].recipes; // the server's own comes first
+    setOptions(view.recipe, Object.keys(summaries), sessionStorage.getItem(RECIPE) || Object.keys(summaries)[0]);
+    describe();
     showAhead(view.ahead, info.embedded_ahead);
     if (before && !running) sayEnd(status, stats);
     return { running, ended: before && !running };
@@ -77,17 +87,6 @@ function showProgress(view, stats, running) {
   view.progress.textContent = [message, running && loss ? `loss ${loss.toFixed(3)}` : ''].filter(Boolean).join(', ');
   view.dice.textContent = stats.best_metric ? `Held-out Dice: ${stats.best_metric.toFixed(2)}` : '';
   view.refused.textContent = stats.refused ? `Not put in service: ${reasonOf(stats.refused)}` : '';
-}
-
-/** The server's own method comes first; another one that was chosen holds as long as this page's tab. */
-function showRecipes(view, summaries) {
-  const names = Object.keys(summaries);
-  setOptions(view.recipe, names, sessionStorage.getItem(RECIPE) || names[0]);
-  view.summary.textContent = capital(summaries[view.recipe.value]);
-  view.recipe.onchange = () => {
-    sessionStorage.setItem(RECIPE, view.recipe.value);
-    view.summary.textContent = capital(summaries[view.recipe.value]);
-  };
 }
 
 function reasonOf(refused) {
